@@ -150,9 +150,7 @@ def _declare(name: str, value: Any, help: str) -> FlagHolder:
     return FlagHolder(name, help)
 
 
-flax_filter_frames = bool_flag(
-    "flax_filter_frames", default=True, help="Hide the library's own frames in tracebacks."
-)
+flax_filter_frames = bool_flag("flax_filter_frames", default=True, help="Hide the library's own frames in tracebacks.")
 flax_profile = bool_flag(
     "flax_profile", default=True, help="Run module methods under jax.named_scope, so that profiles show them by name."
 )

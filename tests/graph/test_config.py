@@ -24,13 +24,15 @@ def scratch():
 
 def test_update_takes_a_name_or_a_holder_and_the_holder_reads_it(scratch):
     config.update("flax_profile", False)
-    assert config.flax_profile is False and flags.flax_profile.value is False
+    assert config.flax_profile is False
+    assert flags.flax_profile.value is False
     config.update(flags.flax_profile, True)
-    assert config.flax_profile is True and flags.flax_profile.value is True
+    assert config.flax_profile is True
+    assert flags.flax_profile.value is True
 
 
 def test_an_unknown_flag_is_a_lookup_error_that_lists_the_known_ones():
-    with pytest.raises(LookupError, match="Unrecognized config option: nope.*flax_profile"):
+    with pytest.raises(LookupError, match=r"Unrecognized config option: nope.*flax_profile"):
         config.update("nope", 1)
     with pytest.raises(AttributeError, match="nope"):
         _ = config.nope  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,9 +49,16 @@ def test_a_flag_is_not_set_by_assignment():
 @pytest.mark.parametrize("name", ["profile", "flax_profile"])
 def test_temp_flip_flag_restores_the_value_also_after_an_exception(name):
     before = config.flax_profile
-    with pytest.raises(KeyError), config.temp_flip_flag(name, not before):
-        assert config.flax_profile is not before
-        raise KeyError
+    seen = []
+
+    def body():
+        with config.temp_flip_flag(name, not before):
+            seen.append(config.flax_profile)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        body()
+    assert seen == [not before]
     assert config.flax_profile is before
 
 
@@ -60,7 +69,8 @@ def test_a_holder_has_no_truth_value():
 
 def test_a_flag_is_declared_once_in_lower_case(scratch):
     holder = bool_flag("FLAX_Scratch", default=True, help="for this test")
-    assert holder.name == "flax_scratch" and holder.value is True
+    assert holder.name == "flax_scratch"
+    assert holder.value is True
     assert "for this test" in (holder.__doc__ or "")
     with pytest.raises(RuntimeError, match="flax_scratch already defined"):
         bool_flag("flax_scratch", default=False, help="again")
@@ -74,7 +84,9 @@ def test_the_environment_presets_a_flag(scratch, monkeypatch):
     assert int_flag("flax_scratch_count", default=1, help="").value == 42
 
 
-@pytest.mark.parametrize("word,value", [("TruE", True), ("on", True), ("Y", True), ("1", True), ("no", False), ("F", False)])
+@pytest.mark.parametrize(
+    ("word", "value"), [("TruE", True), ("on", True), ("Y", True), ("1", True), ("no", False), ("F", False)]
+)
 def test_boolean_words(monkeypatch, word, value):
     monkeypatch.setenv("SCRATCH", word)
     assert static_bool_env("SCRATCH", not value) is value
@@ -87,7 +99,8 @@ def test_other_words_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="invalid integer value 'maybe' for environment 'SCRATCH'"):
         static_int_env("SCRATCH", 1)
     monkeypatch.delenv("SCRATCH")
-    assert static_bool_env("SCRATCH", True) is True and static_int_env("SCRATCH", None) is None
+    assert static_bool_env("SCRATCH", True) is True
+    assert static_int_env("SCRATCH", None) is None
 
 
 def test_flags_of_a_fresh_process_come_from_its_environment():
@@ -103,5 +116,6 @@ def test_every_flag_has_a_holder_and_an_annotation():
 
 
 def test_the_repr_lists_every_flag():
-    assert repr(config).startswith("Config(\n  flax_filter_frames=True, \n") and "check_plans=" in repr(config)
+    assert repr(config).startswith("Config(\n  flax_filter_frames=True, \n")
+    assert "check_plans=" in repr(config)
     assert repr(Config()) == "Config(\n)"
