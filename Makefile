@@ -1,0 +1,59 @@
+# Commands of this repository. `make help` lists them; each sets up what it needs, and is quick the second time.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+READY  := $(VENV)/.ready
+RUN    := $(VENV)/bin/python
+
+DATA        ?= digits
+WORKERS     ?= 2
+JAX_CACHE   ?= $(CURDIR)/.jaxcache
+CONFORMANCE ?= ../shared/conformance/flaxconf.py
+ARGS        ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench conformance lock clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  Options: ARGS='...' goes to the command's program; DATA=fashion-mnist to demo; PYTHON=... to venv."
+
+venv: $(READY)  ## make the virtual environment .venv with the locked versions
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "batiste needs Python 3.11 or newer; say which with: make venv PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)  ## train a small convolutional network and show how it did (DATA=digits or fashion-mnist)
+	$(RUN) examples/digits.py --data $(DATA) $(if $(filter digits,$(DATA)),--require 0.98) $(ARGS)
+
+test: $(READY)  ## run every test and every example in a docstring (ARGS='-k words' chooses)
+	JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY)  ## style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+bench: $(READY)  ## the figures: cost of a jitted step, of the import, and memory over 20,000 steps
+	$(RUN) bench/overhead.py $(ARGS)
+	$(RUN) bench/import_time.py
+	$(RUN) bench/memory.py
+
+conformance: $(READY)  ## run Flax's own tests against batiste (ARGS="--files 'nnx/*' --failures")
+	@test -f $(CONFORMANCE) || { echo "no conformance runner at $(CONFORMANCE): say where it is with" \
+	  "make conformance CONFORMANCE=/path/to/flaxconf.py" >&2; exit 2; }
+	JAX_PLATFORMS=cpu $(RUN) $(CONFORMANCE) --target batiste --target-path . --jax-cache $(JAX_CACHE) $(ARGS)
+
+lock: $(READY)  ## write requirements.lock anew from pyproject.toml
+	$(VENV)/bin/uv pip compile pyproject.toml --quiet --universal --fork-strategy fewest --python-version 3.11 --extra dev --no-header \
+	  --no-emit-index-url --no-emit-find-links --upgrade --output-file requirements.lock
+
+clean:  ## remove the environment, the caches and what commands wrote
+	rm -rf $(VENV) .jaxcache .conformance .pytest_cache .ruff_cache .hypothesis demo-output build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
