@@ -3,7 +3,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 READY  := $(VENV)/.ready
+LINTERS := $(VENV)/.ready-lint
 RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check
+LOCK   := $(VENV)/bin/uv pip compile pyproject.toml --quiet --universal --fork-strategy fewest --python-version 3.11 \
+  --no-header --no-emit-index-url --no-emit-find-links --upgrade
 
 DATA        ?= digits
 WORKERS     ?= 2
@@ -25,8 +29,12 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "batiste needs Python 3.11 or newer; say which with: make venv PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --no-deps -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(LINTERS): $(READY) requirements-lint.lock
+	$(PIP) --no-deps -r requirements-lint.lock
 	@touch $@
 
 demo: $(READY)  ## train a small convolutional network and show how it did (DATA=digits or fashion-mnist)
@@ -35,7 +43,7 @@ demo: $(READY)  ## train a small convolutional network and show how it did (DATA
 test: $(READY)  ## run every test and every example in a docstring (ARGS='-k words' chooses)
 	JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
-lint: $(READY)  ## style, format and types
+lint: $(LINTERS)  ## style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
@@ -50,9 +58,9 @@ conformance: $(READY)  ## run Flax's own tests against batiste (ARGS="--files 'n
 	  "make conformance CONFORMANCE=/path/to/flaxconf.py" >&2; exit 2; }
 	JAX_PLATFORMS=cpu $(RUN) $(CONFORMANCE) --target batiste --target-path . --jax-cache $(JAX_CACHE) $(ARGS)
 
-lock: $(READY)  ## write requirements.lock anew from pyproject.toml
-	$(VENV)/bin/uv pip compile pyproject.toml --quiet --universal --fork-strategy fewest --python-version 3.11 --extra dev --no-header \
-	  --no-emit-index-url --no-emit-find-links --upgrade --output-file requirements.lock
+lock: $(LINTERS)  ## write the lock files anew from pyproject.toml
+	$(LOCK) --extra test --output-file requirements.lock
+	$(LOCK) --extra lint --constraint requirements.lock --output-file requirements-lint.lock
 
 clean:  ## remove the environment, the caches and what commands wrote
 	rm -rf $(VENV) .jaxcache .conformance .pytest_cache .ruff_cache .hypothesis demo-output build dist

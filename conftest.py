@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every test and every docstring's example is run: strictly, on eight CPU devices, with plans checked.
+
+The settings stand in the environment before JAX is imported, and only where the caller has not chosen otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+STRICT = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent / ".jaxcache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "BATISTE_CHECK_PLANS": "1",
+}
+for name, value in STRICT.items():
+    os.environ.setdefault(name, value)
+
+
+def pytest_configure() -> None:
+    """Generated cases are the same in every run; a first case may compile, so none has a deadline."""
+    from hypothesis import settings
+
+    settings.register_profile("batiste", deadline=None, database=None, derandomize=True)
+    settings.load_profile("batiste")
