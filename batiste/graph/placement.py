@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Placement: where on a mesh of devices a new value will live.
+
+A Variable's metadata may hold
+
+    out_sharding     a name, a tuple of names, or None per dim: `("embed", "mlp")`, a PartitionSpec, or a whole Sharding
+    sharding_rules   pairs (name, mesh axis or axes), which say what the names mean; added to the rules in context
+    mesh             the mesh that is meant; otherwise the one of `jax.set_mesh`
+
+and `place` puts a value there. Inside a trace, where a value has no place yet, it becomes a constraint on the program.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from .errors import ArgumentError
+from .jaxcompat import Tracer
+from .switch import Switch
+
+Axes = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, Axes]]
+
+
+class use_eager_sharding(Switch, flag="flax_always_shard_variable"):
+    """Whether a Variable with `out_sharding` is placed when it is made: sets it, also for a block or for one function.
+
+    >>> with use_eager_sharding(False):
+    ...     using_eager_sharding()
+    False
+    """
+
+
+def using_eager_sharding() -> bool:
+    """Whether a Variable with `out_sharding` is placed when it is made.
+
+    >>> using_eager_sharding()
+    True
+    """
+    return use_eager_sharding.current_value()
+
+
+# ---------------------------------------------------------------- logical names -> mesh axes
+class _Context(threading.local):
+    rules: Rules = ()
+
+
+_context = _Context()
+
+
+def get_logical_axis_rules() -> Rules:
+    """The rules in context: pairs of a logical name and the mesh axis or axes it stands for."""
+    return _context.rules
+
+
+def set_logical_axis_rules(rules: Rules) -> None:
+    """Sets the rules of this thread from here on."""
+    _context.rules = rules
+
+
+@contextmanager
+def logical_axis_rules(rules: Rules) -> Iterator[None]:
+    """Sets the rules for a block; they replace those outside it.
+
+    >>> with logical_axis_rules((("embed", None), ("mlp", "model"))):
+    ...     spec_of(("embed", "mlp"))
+    P(None, 'model')
+    """
+    before = _context.rules
+    set_logical_axis_rules(rules)
+    try:
+        yield
+    finally:
+        set_logical_axis_rules(before)
+
+
+def _meanings(own: Rules | None) -> dict[str, Axes]:
+    """What each name means: the rules in context and the Variable's own, which must not contradict them."""
+    try:
+        meanings, mine = dict(_context.rules or ()), dict(own or ())
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            "malformed logical axis rules", got=repr(own or _context.rules), expected="pairs (name, mesh axis or axes)",
+            fix="write (('embed', None), ('mlp', 'model'))",
+        ) from None  # fmt: skip
+    for name, axes in mine.items():
+        if meanings.setdefault(name, axes) != axes:
+            raise ArgumentError(
+                f"Inconsistent logical axis annotations for {name}: {meanings[name]} vs {axes}",
+                fix="give the name one meaning, in logical_axis_rules or in the sharding_rules of the Variable",
+            )
+    return meanings
+
+
+def spec_of(names: Any, rules: Rules | None = None) -> PartitionSpec:
+    """The PartitionSpec of `out_sharding` metadata, its names looked up in the rules; unknown names are mesh axes.
+
+    >>> spec_of(("embed", ("mlp", "heads")), rules=(("embed", None), ("mlp", "model")))
+    P(None, ('model', 'heads'))
+    """
+    if isinstance(names, NamedSharding):
+        return names.spec
+    if names is None:
+        return PartitionSpec()
+    if not isinstance(names, (tuple, list, PartitionSpec)):
+        raise ArgumentError(
+            "out_sharding is malformed", got=repr(names), expected="a tuple with a name or None per dim",
+            fix=f"write ({names!r},)" if isinstance(names, str) else None,
+        )  # fmt: skip
+    meanings = _meanings(rules)
+    return PartitionSpec(*(_meaning(entry, meanings) for entry in names))
+
+
+def _meaning(entry: Any, meanings: Mapping[str, Axes]) -> Any:
+    if isinstance(entry, str):
+        return meanings.get(entry, entry)
+    if isinstance(entry, (tuple, list)):
+        several = [_meaning(name, meanings) for name in entry]
+        return tuple(a for axes in several if axes is not None for a in (axes if isinstance(axes, tuple) else (axes,)))
+    return entry  # None, or PartitionSpec.UNCONSTRAINED
+
+
+# ---------------------------------------------------------------- names -> places
+def current_mesh() -> Mesh | AbstractMesh:
+    """The mesh of `jax.set_mesh` (its devices included, where no program is being traced); empty if there is none."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # inside a trace
+        return jax.sharding.get_abstract_mesh()
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+
+
+def sharding_of(metadata: Mapping[str, Any], mesh: Mesh | AbstractMesh | None = None) -> Sharding:
+    """The Sharding that a Variable's metadata ask for, on `mesh`, the metadata's own mesh, or the one in context.
+
+    Raises:
+        ArgumentError: there is no mesh, or it lacks an axis.
+    """
+    names = metadata.get("out_sharding")
+    if isinstance(names, Sharding):
+        return names
+    spec = spec_of(names, metadata.get("sharding_rules"))
+    if mesh is None:
+        mesh = metadata.get("mesh")
+    if mesh is None:
+        mesh = current_mesh()
+    if mesh.empty and spec:
+        raise ArgumentError(
+            f"An auto mesh context or metadata is required if creating a variable with annotation out_sharding={spec}",
+            fix="create the model inside `with jax.set_mesh(mesh):`, or give the Variable mesh=mesh; "
+                "nnx.use_eager_sharding(False) leaves values where they are",
+        )  # fmt: skip
+    missing = [a for entry in spec for a in (entry if isinstance(entry, tuple) else (entry,))
+               if isinstance(a, str) and a not in mesh.axis_names]  # fmt: skip
+    if missing:
+        raise ArgumentError(
+            f"Resource axis: {missing[0]} of {spec} is not found in mesh: {tuple(mesh.axis_names)}",
+            fix=f"name a mesh axis, or say what {missing[0]!r} means: logical_axis_rules((({missing[0]!r}, None), ...))",
+        )
+    return NamedSharding(mesh, spec)
+
+
+def place(value: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value`, each of its arrays where `out_sharding` of these metadata says; unchanged where it says nothing.
+
+    Raises:
+        ArgumentError: there is no mesh, or it lacks an axis.
+    """
+    names = metadata.get("out_sharding")
+    if not isinstance(names, Sharding) and not names:
+        return value
+    sharding = sharding_of(metadata)
+    return jax.tree.map(lambda leaf: put(leaf, sharding), value)
+
+
+def put(x: Any, sharding: Sharding) -> Any:
+    """`x` under this sharding: moved if it is an array, constrained if it is traced, annotated if it is abstract."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=sharding)
+    mesh = getattr(sharding, "mesh", None)
+    if not isinstance(x, Tracer) and not isinstance(mesh, AbstractMesh):
+        return jax.device_put(x, _settled(sharding, x))
+    return constrain(x, sharding)
+
+
+def constrain(x: Any, sharding: Sharding) -> Any:
+    """`x` with its place fixed inside a traced program: resharded on explicit mesh axes, constrained on automatic ones.
+
+    Raises:
+        ArgumentError: the mesh has axes of several types, or manual ones.
+    """
+    kinds = set(sharding.mesh.axis_types) if isinstance(sharding, NamedSharding) else {AxisType.Auto}
+    if kinds <= {AxisType.Auto}:
+        return jax.lax.with_sharding_constraint(x, sharding)
+    if kinds == {AxisType.Explicit}:
+        return jax.sharding.reshard(x, sharding)
+    raise ArgumentError(
+        "Mesh must have all axes as Explicit or all axes as Auto", got=f"{sharding}",
+        fix="use one axis type for the mesh, or create the Variable with eager_sharding=False",
+    )  # fmt: skip
+
+
+def _settled(sharding: Sharding, x: Any) -> Sharding:
+    """A sharding that an array can be moved to: nothing left open, and on explicit axes one entry per dim."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [None if entry is PartitionSpec.UNCONSTRAINED else entry for entry in sharding.spec]
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        spec += [None] * (jax.numpy.ndim(x) - len(spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
