@@ -161,7 +161,7 @@ def sharding_of(metadata: Mapping[str, Any], mesh: Mesh | AbstractMesh | None = 
     if missing:
         raise ArgumentError(
             f"Resource axis: {missing[0]} of {spec} is not found in mesh: {tuple(mesh.axis_names)}",
-            fix=f"name a mesh axis, or say what {missing[0]!r} means: logical_axis_rules((({missing[0]!r}, None), ...))",
+            fix=f"name a mesh axis, or say what it stands for with logical_axis_rules((({missing[0]!r}, None), ...))",
         )
     return NamedSharding(mesh, spec)
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core: live objects, their structure, their state, and how they cross a JAX transform.
+
+    Variable, kind     a mutable value with metadata, and what it is for              variable
+    Module             an object whose attributes are parts or settings               pytree, module
+    GraphDef, State    the static half of an object, and `path -> value`              flatten, state
+    filter             a predicate (path, value), with a short spelling               filters
+    Boundary, Plan     the passage through one transform, and its memory              boundary, plan
+    Rngs               named random streams                                           rng
+    make               the birth of a variable                                        birth
+"""
+
+from .birth import make
+from .config import config
+from .filters import All, Any, Everything, Not, Nothing, OfType, PathContains, PathIn, WithTag, to_predicate, to_predicates
+from .flatten import GraphDef, flatten_graph, is_graph_node, unflatten_graph
+from .modes import graph_mode, graph_updates_mode, set_graph_mode, set_graph_updates
+from .module import Dict, List, Module, Sequential, first_from, iter_module_children, iter_modules
+from .placement import use_eager_sharding, using_eager_sharding
+from .pytree import (
+    Data,
+    Object,
+    Pytree,
+    Static,
+    check_pytree,
+    data,
+    dataclass,
+    has_data,
+    is_data,
+    register_data_type,
+    static,
+)
+from .split import GraphState, clone, graphdef, merge, pop, split, state, unpack, update, variables
+from .state import (
+    FlatState,
+    State,
+    diff,
+    filter_state,
+    from_flat_state,
+    map_state,
+    merge_state,
+    replace_by_pure_dict,
+    restore_int_paths,
+    split_state,
+    to_flat_state,
+    to_pure_dict,
+)
+from .variable import (
+    MISSING,
+    BatchStat,
+    Cache,
+    Intermediate,
+    LostUpdateWarning,
+    Param,
+    Perturbation,
+    Variable,
+    VariableMetadata,
+    register_variable_name,
+    variable_name_from_type,
+    variable_type_from_name,
+)
+from .walk import as_pure, find_duplicates, iter_children, iter_graph, map, pure, recursive_map, set_metadata

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Birth: the one function in which every variable of every layer is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from .errors import RngError
+from .variable import Variable
+
+V = TypeVar("V", bound=Variable)
+
+
+def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype: Any,
+         stream: Callable[[], jax.Array] | None = None, metadata: Mapping[str, Any] = {}) -> V:  # fmt: skip
+    """`kind(init(key, shape, dtype), **metadata)`, the key drawn from `stream`.
+
+    Args:
+        kind: the type of Variable, such as `Param`.
+        init: an initialiser `(key, shape, dtype) -> array`, or one that returns a `VariableMetadata`.
+        stream: what gives the key; None for initialisers that use none.
+
+    Raises:
+        RngError: `stream` is no stream of keys.
+    """
+    if stream is not None and not callable(stream):
+        raise RngError("a variable needs a random stream to be drawn from", got=type(stream).__name__, expected="nnx.Rngs",
+                       fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
+    key = None if stream is None else stream()
+    return kind(init(key, shape, dtype), **metadata)
+
+

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors of the library: what happened, where in the model, got and expected, and the one fix.
+
+    BatisteError
+    ├── ShapeError, ArgumentError, RngError, AliasError, StructureError    (also ValueError)
+    ├── DtypeError, FilterError, StaticError                                (also TypeError)
+    └── TraceContextError, ImmutableVariableError
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_locators: list[Any] = []  # filled by `walk`: finds a module's path in the model that is running
+
+
+class BatisteError(Exception):
+    """Base of every error that the library raises on its own account.
+
+    Args:
+        problem: one sentence that says what happened.
+        at: a module (its path in the running model is looked up now) or a path as text.
+        got, expected: what was there, and what should have been.
+        fix: the one thing to do.
+
+    >>> str(ShapeError("Linear got a wrong last dim", at="decoder/mlp", got=(8, 512), expected="(..., 768)"))
+    'Linear got a wrong last dim at decoder/mlp: got (8, 512), expected (..., 768).'
+    """
+
+    def __init__(self, problem: str, *, at: Any = None, got: Any = None, expected: Any = None, fix: str | None = None):
+        self.problem, self.got, self.expected, self.fix = problem, got, expected, fix
+        self.path = locate(at)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        text = self.problem
+        if self.path:
+            text += f" at {self.path}"
+        details = [f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value is not None]
+        if details:
+            text += ": " + ", ".join(details)
+        if not text.endswith((".", "\n")):
+            text += "."
+        return f"{text}\n  Fix: {self.fix}" if self.fix else text
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild(cls, args, state):
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ShapeError(BatisteError, ValueError):
+    """An array has another shape than the layer or the variable needs."""
+
+
+class DtypeError(BatisteError, TypeError):
+    """An array has a dtype that the operation cannot take."""
+
+
+class ArgumentError(BatisteError, ValueError):
+    """An argument has a value outside what is documented."""
+
+
+class RngError(BatisteError, ValueError):
+    """A random stream is missing or malformed."""
+
+
+class FilterError(BatisteError, TypeError):
+    """Something stands where a filter is wanted and is none."""
+
+
+class AliasError(BatisteError, ValueError):
+    """One object was met twice where it may be met once, or under two different labels."""
+
+
+class StructureError(BatisteError, ValueError):
+    """Two structures that should fit do not."""
+
+
+class StaticError(BatisteError, TypeError):
+    """A static attribute cannot be compared and hashed."""
+
+
+class TraceContextError(BatisteError):
+    """An object was written from another trace level than the one it was made in.
+
+    The write would leak a tracer or be lost: pass the object to the transformed function as an argument.
+    """
+
+
+class ImmutableVariableError(BatisteError):
+    """A Variable that may only be read was written."""
+
+
+def locate(at: Any) -> str:
+    """The path of `at` in the model that is running, for an error message; text is returned as it is.
+
+    The stack is searched from the outermost call inwards for a module from which `at` can be reached.
+    """
+    if at is None or isinstance(at, str):
+        return at or ""
+    roots, frame = [], sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        roots.append([owner, *frame.f_locals.values()] if owner is not None else list(frame.f_locals.values()))
+        frame = frame.f_back
+    for candidates in reversed(roots):
+        for find in _locators:
+            path = find(candidates, at)
+            if path is not None:
+                return path
+    return type(at).__name__

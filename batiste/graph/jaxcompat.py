@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything the library takes from JAX that is not public or has moved between versions."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax._src.state.types import AbstractRef
+from jax.extend.core import get_opaque_trace_state
+from jax.tree_util import default_registry
+
+current_trace = functools.partial(get_opaque_trace_state, convention="flax")
+"""The trace level the caller stands in; two results compare equal inside one level."""
+
+Ref = jax.Ref
+Tracer = jax.core.Tracer
+
+
+def is_ref(x) -> bool:
+    """Whether `x` is a mutable array (`jax.Ref`), or a tracer of one."""
+    if isinstance(x, Tracer):
+        return isinstance(x.aval, AbstractRef)
+    return isinstance(x, Ref)
+
+
+def one_level(x):
+    """`(children with keys, PyTreeDef of one level)` of a registered pytree node, or None for a leaf."""
+    if default_registry.flatten_one_level(x) is None:
+        return None
+    first = True
+
+    def stop(_):
+        nonlocal first
+        if first:  # the first node that is asked about is `x` itself
+            first = False
+            return False
+        return True
+
+    return jax.tree_util.tree_flatten_with_path(x, is_leaf=stop)
+
+
+def key_name(entry):
+    """The plain key (attribute name, dict key, index) of one entry of a JAX key path."""
+    for name in ("key", "idx", "name"):
+        if hasattr(entry, name):
+            return getattr(entry, name)
+    return str(entry)

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules: plain objects whose attributes are parts (data) or settings (static).
+
+An attribute is *data* when it holds an array, a Variable or another graph object; everything else is *static*. `data(x)`
+and `static(x)` say so explicitly, on assignment or as a dataclass field. Every class is registered as a JAX pytree too,
+unless it is declared with `pytree=False`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+import warnings
+from abc import ABCMeta
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+
+from .errors import TraceContextError
+from .jaxcompat import current_trace, is_ref
+from .represent import Layout, represent, treescope_form
+from .variable import MISSING, Home, Variable, structure_changed
+
+A = TypeVar("A")
+M = TypeVar("M", bound="Pytree")
+
+ARRAYS = (jax.Array, np.ndarray)
+_data_types: set[type] = set()
+
+
+# ---------------------------------------------------------------- data and static
+def register_data_type(type_: type, /) -> type:
+    """Makes values of this type count as data when they are assigned to an attribute; also a decorator."""
+    _data_types.add(type_)
+    return type_
+
+
+def is_data(value: Any, /) -> bool:
+    """Whether an attribute that is given this value becomes data: an array, a Ref, a Variable, a graph object, a registered type.
+
+    >>> is_data(jax.numpy.ones(2)), is_data(3), is_data([1, 2])
+    (True, False, False)
+    """
+    return isinstance(value, (*ARRAYS, Variable, Pytree)) or is_ref(value) or type(value) in _data_types
+
+
+def has_data(value: Any, /) -> list[Any]:
+    """The data leaves inside a value that itself is none, such as a plain list of Variables."""
+    return [x for x in jax.tree.leaves(value, is_leaf=is_data) if is_data(x)]
+
+
+def _field(value: Any, is_static: bool, options: dict[str, Any]):
+    metadata = {**(options.pop("metadata", None) or {}), "nnx_value": value, "static": is_static}
+    return dataclasses.field(**options, metadata=metadata)
+
+
+def data(value: Any = MISSING, /, **kwargs) -> Any:
+    """Marks a value on assignment (`self.parts = data([...])`) or a dataclass field as data."""
+    return _field(value, False, kwargs)
+
+
+def static(value: Any = MISSING, /, **kwargs) -> Any:
+    """Marks a value on assignment or a dataclass field as static: part of the structure, compared and hashed."""
+    return _field(value, True, kwargs)
+
+
+class DataAnnotation:
+    """`x: Data[T]`, the older spelling of `x: T = data()`."""
+
+
+class StaticAnnotation:
+    """`x: Static[T]`, the older spelling of `x: T = static()`."""
+
+
+if typing.TYPE_CHECKING:
+    Data = typing.Annotated[A, DataAnnotation]
+    Static = typing.Annotated[A, StaticAnnotation]
+else:
+
+    class _Marker:
+        def __init__(self, mark, word):
+            self.mark, self.word = mark, word
+
+        def __getitem__(self, item):
+            warnings.warn(f"'{self.word}[...]' annotations are deprecated. Use 'x: T = {self.word.lower()}()' instead.",
+                          DeprecationWarning, stacklevel=2)  # fmt: skip
+            return typing.Annotated[item, self.mark]
+
+    Data, Static = _Marker(DataAnnotation, "Data"), _Marker(StaticAnnotation, "Static")
+
+
+def _declared(cls: type) -> dict[str, bool]:
+    """Attributes whose status a class says explicitly: name -> is it data."""
+    declared: dict[str, bool] = {}
+    for base in reversed(cls.__mro__):
+        for name, value in vars(base).items():
+            if isinstance(value, dataclasses.Field) and "nnx_value" in value.metadata:
+                declared[name] = not value.metadata["static"]
+        fields = vars(base).get("__dataclass_fields__", {})
+        for name, field in fields.items():
+            if "nnx_value" in field.metadata:
+                declared[name] = not field.metadata["static"]
+        for name, hint in vars(base).get("__annotations__", {}).items():
+            if isinstance(hint, str):
+                mark = hint.split("[")[0].split(".")[-1]
+                if mark in ("Data", "Static") and "[" in hint:
+                    declared[name] = mark == "Data"
+            else:
+                marks = getattr(hint, "__metadata__", ())
+                if DataAnnotation in marks or StaticAnnotation in marks:
+                    declared[name] = DataAnnotation in marks
+    return declared
+
+
+# ---------------------------------------------------------------- construction
+class PytreeMeta(ABCMeta):
+    """Runs `__init__` through `_pytree_meta_construct`, then checks that no data hides in static attributes."""
+
+    def __call__(cls, *args, **kwargs):
+        self = cls.__new__(cls, *args, **kwargs)
+        prepare(self, {})
+        cls._pytree_meta_construct(self, *args, **kwargs)
+        if cls._pytree__is_pytree:
+            check_pytree(self)
+        return self
+
+    def _pytree_meta_construct(cls, self, *args, **kwargs):
+        self.__init__(*args, **kwargs)
+
+
+def prepare(self: Pytree, nodes: dict[str, bool], trace=None) -> None:
+    """Sets up the bookkeeping of a new object, before any attribute."""
+    slot = object.__setattr__
+    slot(self, "_pytree__nodes", nodes)
+    slot(self, "_pytree__state", PytreeState(current_trace() if trace is None else trace))
+    slot(self, "_planned", False)
+    slot(self, "_home", None)
+
+
+class PytreeState:
+    """The trace level that an object was made in, and whether it is just being set up."""
+
+    __slots__ = ("trace",)
+
+    def __init__(self, trace=None):
+        self.trace = current_trace() if trace is None else trace
+
+    def __repr__(self):
+        return "PytreeState()"
+
+
+# ---------------------------------------------------------------- Pytree
+class Pytree(metaclass=PytreeMeta):
+    """An object whose attributes are parts (data) or settings (static), and that is a JAX pytree.
+
+    Subclass it with `pytree=False` to make a graph object that plain JAX takes as one opaque leaf, and whose attributes
+    may be plain lists and dicts of Variables.
+    """
+
+    __slots__ = ("_pytree__nodes", "_pytree__state", "_planned", "_home", "__dict__", "__weakref__")
+
+    _pytree__is_pytree: bool = True
+    _pytree__has_int_keys: bool = False
+    _pytree__declared: dict[str, bool] = {}
+
+    if typing.TYPE_CHECKING:
+        _pytree__nodes: dict[str, bool]
+        _planned: bool
+        _home: Home | None
+
+    def __init_subclass__(cls, *, pytree: bool = True, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("__slots__"):
+            raise TypeError(f"Pytree currently does not support __slots__, found __slots__={vars(cls)['__slots__']} in '{cls.__name__}'.")
+        cls._pytree__is_pytree = pytree
+        cls._pytree__declared = _declared(cls)
+        if pytree:
+            jax.tree_util.register_pytree_with_keys(
+                cls, _flatten_with_keys, lambda aux, children: _unflatten(cls, aux, children), _flatten
+            )
+
+    # ------------------------------------------------------------ attributes
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._setattr(name, value)
+
+    def _setattr(self, name: str, value: Any) -> None:
+        if self._pytree__state.trace != current_trace():
+            raise TraceContextError(f"Cannot mutate '{type(self).__name__}' from different trace level", at=self,
+                                    fix="pass the module to the transformed function as an argument")  # fmt: skip
+        cls = type(self)
+        prop = inspect.getattr_static(cls, name, None)
+        if isinstance(prop, property):
+            object.__setattr__(self, name, value)
+            return
+        nodes, attributes = self._pytree__nodes, self.__dict__
+        explicit: bool | None = None
+        if type(value) is dataclasses.Field and "nnx_value" in value.metadata and value.metadata["nnx_value"] is not MISSING:
+            explicit, value = not value.metadata["static"], value.metadata["nnx_value"]
+        elif name in cls._pytree__declared and name not in nodes:
+            explicit = cls._pytree__declared[name]
+        if cls._pytree__is_pytree:
+            status = self._status(name, value, explicit)
+        else:
+            status = nodes.get(name, True) if explicit is None else explicit
+        if self._planned and not (nodes.get(name) == status and _same_place(attributes.get(name, MISSING), value)):
+            structure_changed()
+        nodes[name] = status
+        attributes[name] = value
+
+    def _status(self, name: str, value: Any, explicit: bool | None) -> bool:
+        """Whether the attribute is data from now on."""
+        if explicit is not None:
+            if not explicit:
+                self._refuse_hidden_data(name, value)
+            return explicit
+        known, is_data_now = self._pytree__nodes.get(name), is_data(value)
+        if is_data_now and known is False:
+            raise ValueError(
+                f"Cannot assign data value of type '{type(value)}' to static attribute '{name}' of Pytree type '{type(self)}'. "
+                f"To override the status explicitly wrap the value with nnx.data on assignment:\n\n  _.{name} = nnx.data(...)\n"
+            )
+        if known or is_data_now:
+            return True
+        self._refuse_hidden_data(name, value)
+        return False
+
+    def _refuse_hidden_data(self, name: str, value: Any) -> None:
+        if type(value) in _SCALARS:
+            return
+        if is_data(value):
+            found = [value]
+        elif not (found := has_data(value)):
+            return
+        raise ValueError(
+            f"Found data on value of type '{type(value)}' assigned to static attribute '{name}' of Pytree type '{type(self)}'. "
+            "Static attributes should not contain data values. Consider one of the following options:\n\n"
+            + _ways_out(type(self), name, value, found)
+        )
+
+    def __delattr__(self, name: str) -> None:
+        if self._pytree__state.trace != current_trace():
+            raise TraceContextError(f"Cannot mutate '{type(self).__name__}' from different trace level", at=self,
+                                    fix="pass the module to the transformed function as an argument")  # fmt: skip
+        object.__delattr__(self, name)
+        self._pytree__nodes.pop(name, None)
+        if self._planned:
+            structure_changed()
+
+    def __batiste_repr__(self) -> Layout:
+        return Layout(type(self).__name__, list(self.__dict__.items()), counted=True)
+
+    def __repr__(self) -> str:
+        return represent(self)
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        return treescope_form(self, path, subtree_renderer)
+
+    # ------------------------------------------------------------ copies
+    def __copy__(self):
+        new = object.__new__(type(self))
+        prepare(new, dict(self._pytree__nodes))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self):
+        return {**self.__dict__, "_pytree__nodes": dict(self._pytree__nodes)}
+
+    def __setstate__(self, state):
+        state = dict(state)
+        prepare(self, state.pop("_pytree__nodes", {}))
+        self.__dict__.update(state)
+
+
+_SCALARS = frozenset({int, float, bool, str, type(None), bytes, complex, type, type(lambda: None)})
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether one array takes another's place: then the structure stays as it was."""
+    return isinstance(old, ARRAYS) and isinstance(new, ARRAYS)
+
+
+def _ways_out(cls: type, name: str, value: Any, found: list[Any]) -> str:
+    types = ", ".join(sorted({type(x).__name__ for x in found}))
+    return (
+        f"1. If the attribute is meant to be static, remove the data values of type(s):\n\n  {types}\n\n"
+        f"2. If the attribute is meant to be data, wrap the value with nnx.data on assignment:\n\n  _.{name} = nnx.data(...)\n\n"
+        f"3. Alternatively, annotate the class attribute with nnx.data:\n\n  class {cls.__name__}({cls.__mro__[1].__name__}):\n"
+        f"    {name}: {type(value).__name__} = nnx.data()\n\n"
+        "4. If the container is a list or dict, try using nnx.List(...) or nnx.Dict(...) instead.\n\n"
+        f"5. Disable pytree for this class:\n\n  class {cls.__name__}({cls.__mro__[1].__name__}, pytree=False):\n"
+    )
+
+
+def check_pytree(pytree: Pytree) -> None:
+    """Looks for data that came into static attributes behind the back of assignment.
+
+    Raises:
+        ValueError: a static attribute holds data.
+    """
+    if not isinstance(pytree, Pytree):
+        raise TypeError(f"check_pytree expects a Pytree, got {type(pytree)}.")
+    nodes = pytree._pytree__nodes
+    for name, value in pytree.__dict__.items():
+        if not nodes.get(name, False) and type(value) not in _SCALARS and (found := has_data(value)):
+            raise ValueError(
+                f"Found unexpected data on value of type {type(value)} in static attribute '{name}' of Pytree type "
+                f"'{type(pytree)}'. Consider one of the following options:\n\n" + _ways_out(type(pytree), name, value, found)
+            )
+
+
+class Object(Pytree, pytree=False):
+    """A graph object that is no JAX pytree."""
+
+    def __init_subclass__(cls, *, pytree: bool = False, **kwargs):
+        super().__init_subclass__(pytree=pytree, **kwargs)
+
+
+@dataclass_transform(field_specifiers=(data, static, dataclasses.field))
+def dataclass(cls=None, /, *, init: bool = True, eq: bool = True, order: bool = False, unsafe_hash: bool = False,
+              match_args: bool = True, kw_only: bool = False, slots: bool = False, weakref_slot: bool = False):  # fmt: skip
+    """`dataclasses.dataclass` for Pytree classes: fields may be `data(...)` or `static(...)`; the repr stays the tree's."""
+
+    def wrap(cls):
+        new = dataclasses.dataclass(init=init, repr=False, eq=eq, order=order, unsafe_hash=unsafe_hash, match_args=match_args,
+                                    kw_only=kw_only, slots=slots, weakref_slot=weakref_slot)(cls)  # fmt: skip
+        if issubclass(new, Pytree):
+            new._pytree__declared = _declared(new)
+        return new
+
+    return wrap if cls is None else wrap(cls)
+
+
+# ---------------------------------------------------------------- modules as JAX pytrees
+def sorted_names(self: Pytree) -> list[str]:
+    """The names of all attributes, in the order in which structures list them."""
+    if self._pytree__has_int_keys:
+        return sorted(self.__dict__, key=lambda k: (0, int(k), "") if k.isdigit() else (1, 0, k))
+    return sorted(self.__dict__)
+
+
+def _split_attributes(self: Pytree):
+    attributes, nodes = self.__dict__, self._pytree__nodes
+    names = sorted_names(self)
+    parts = tuple(k for k in names if nodes.get(k))
+    settings = tuple(k for k in names if not nodes.get(k))
+    if self._home is not None:
+        self._home.delivered()
+    return parts, (parts, settings, tuple(attributes[k] for k in settings), tuple(nodes.items()))
+
+
+def _flatten(self: Pytree):
+    parts, aux = _split_attributes(self)
+    attributes = self.__dict__
+    return [attributes[k] for k in parts], aux
+
+
+def _flatten_with_keys(self: Pytree):
+    parts, aux = _split_attributes(self)
+    attributes = self.__dict__
+    if self._pytree__has_int_keys:
+        key = lambda k: jax.tree_util.SequenceKey(int(k)) if k.isdigit() else jax.tree_util.GetAttrKey(k)  # noqa: E731
+    else:
+        key = jax.tree_util.GetAttrKey
+    return [(key(k), attributes[k]) for k in parts], aux
+
+
+def _unflatten(cls: type[Pytree], aux, children):
+    parts, settings, values, nodes = aux
+    self = object.__new__(cls)
+    prepare(self, dict(nodes))
+    children = list(children)
+    self.__dict__.update(zip(parts, children))
+    self.__dict__.update(zip(settings, values))
+    home = None
+    for name, child in zip(parts, children):
+        inner = child._home if isinstance(child, (Variable, Pytree)) else None
+        if inner is not None:
+            if home is None:
+                home = Home(cls.__name__)
+            inner.name, inner.parent = name, home
+    object.__setattr__(self, "_home", home)
+    return self
+

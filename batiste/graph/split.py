@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functional API: an object is cut into a GraphDef and States by filters, put together again, and updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from .errors import ArgumentError, StructureError
+from .filters import Filter, to_predicates
+from .flatten import Flat, GraphDef, flatten_graph, show_path, unflatten_graph
+from .jaxcompat import key_name
+from .modes import graph_mode
+from .pytree import Pytree
+from .state import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
+from .variable import Variable
+
+A = TypeVar("A")
+M = TypeVar("M")
+
+
+def flatten_node(node: Any, graph: bool | None) -> Flat:
+    """The traversal that the functions of this file start from."""
+    return flatten_graph(node, graph=graph_mode(graph))
+
+
+def _nest(pairs: Iterable[tuple[tuple, Any]]) -> Any:
+    """A State of pairs; the root's own leaf stands for itself."""
+    pairs = list(pairs)
+    if len(pairs) == 1 and pairs[0][0] == ():
+        return pairs[0][1]
+    return from_flat_state(pairs)
+
+
+def split(node: Any, *filters: Filter, graph: bool | None = None):
+    """Cuts an object into `(graphdef, state)`, or with filters into `(graphdef, *states)`, one State per filter.
+
+    Every leaf goes to the first filter that matches it. `merge` is the inverse.
+
+    Raises:
+        StructureError: a leaf is matched by no filter; end the list with `...`.
+    """
+    flat = flatten_node(node, graph)
+    pairs = zip(flat.paths, flat.leaves)
+    if not filters:
+        return flat.graphdef, _nest(pairs)
+    *found, rest = _sort_out(pairs, filters)
+    if rest:
+        raise _not_exhaustive(FlatState(rest, sort=True))
+    return (flat.graphdef, *map(_nest, found))
+
+
+def state(node: Any, *filters: Filter, graph: bool | None = None):
+    """The State of an object, or one State per filter; what no filter matches is left out."""
+    flat = flatten_node(node, graph)
+    pairs = zip(flat.paths, flat.leaves)
+    if not filters:
+        return _nest(pairs)
+    found = [_nest(p) for p in _sort_out(pairs, filters)[:-1]]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+variables = state
+
+
+def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
+    """The static half of an object."""
+    return flatten_node(node, graph).graphdef
+
+
+def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_variables: bool = True):
+    """Rebuilds an object from its GraphDef and States (or nested dicts of plain values), together complete.
+
+    Variables in the States become part of the new object as they are; `copy=True` makes new ones.
+
+    Raises:
+        StructureError: a leaf is missing or left over; the message names its path.
+    """
+    if isinstance(graphdef_or_graphstate, GraphState):
+        return _merge_graph_states(graphdef_or_graphstate, *states)
+    description: GraphDef = graphdef_or_graphstate
+    if not isinstance(description, GraphDef):
+        raise ArgumentError("merge needs a GraphDef first", got=type(description).__name__, expected="GraphDef, then States",
+                            fix="call merge(graphdef, state) with the pair that split returned")  # fmt: skip
+    leaves = leaves_of(description, states)
+    return unflatten_graph(description.root, leaves, copy=copy)[0]
+
+
+def leaves_of(description: GraphDef, states: Iterable[Any]) -> list[Any]:
+    """The leaves of a structure, in order, from States that cover it."""
+    given: dict[tuple, Any] = {}
+    for part in states:
+        given.update(flat_pairs(part))
+    paths = description.paths
+    if len(paths) != len(given) or any(path not in given for path in paths):
+        missing = [show_path(p) for p in paths if p not in given]
+        extra = [show_path(p) for p in given if p not in set(paths)]
+        raise StructureError(
+            f"Incorrect number of leaves, expected {len(paths)} leaves, but got {len(given)}"
+            + (f"; missing: {', '.join(missing[:8])}" if missing else "") + (f"; unknown: {', '.join(extra[:8])}" if extra else ""),
+            fix="pass all the States that split returned with this GraphDef",
+        )  # fmt: skip
+    return [given[path] for path in paths]
+
+
+def flat_pairs(part: Any) -> Iterator[tuple[tuple, Any]]:
+    """The `(path, leaf)` pairs of a State, a nested mapping, a FlatState or a tree of them."""
+    if isinstance(part, FlatState):
+        yield from part
+    elif isinstance(part, (State, dict)):
+        yield from _pairs_below(part._mapping if isinstance(part, State) else part, ())
+    elif isinstance(part, Mapping):
+        yield from _pairs_below(part, ())
+    elif isinstance(part, Variable) or not jax.tree_util.all_leaves([part]):
+        if isinstance(part, Variable):
+            yield (), part
+            return
+        for path, x in jax.tree_util.tree_flatten_with_path(part, is_leaf=lambda x: isinstance(x, Variable))[0]:
+            yield tuple(map(key_name, path)), x
+    else:
+        yield (), part
+
+
+def _pairs_below(x: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
+    for key, value in x.items():
+        if isinstance(value, State):
+            value = value._mapping
+        if isinstance(value, Mapping):
+            yield from _pairs_below(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+# ---------------------------------------------------------------- update
+def update(node: Any, state: Any, /, *states: Any) -> None:
+    """Writes the values of States (or nested dicts, or a module of the same structure) into an object, in place."""
+    for part in (state, *states):
+        if isinstance(part, (Pytree, Variable)) and not isinstance(part, State):
+            part = flatten_graph(part)
+            pairs: Iterable[tuple[tuple, Any]] = zip(part.paths, part.leaves)
+        else:
+            pairs = flat_pairs(part)
+        for path, value in pairs:
+            _update_at(node, path, value, path)
+
+
+def _update_at(at: Any, path: tuple, value: Any, whole: tuple) -> None:
+    while path:
+        key, *rest = path
+        if isinstance(at, Variable):
+            if tuple(path) == ("value",):
+                break
+            raise StructureError(f"cannot update below the {type(at).__name__}", at=show_path(whole), fix="pass its value")
+        part = _child(at, key)
+        if not rest and not isinstance(part, Variable):
+            if not isinstance(part, Pytree):
+                _set_child(at, key, value, whole)
+                return
+        at, path = part, tuple(rest)
+    if isinstance(at, Variable):
+        if isinstance(value, Variable):
+            at.update_from_state(value)
+        else:
+            at.set_raw_value(value) if not at.ref else at.set_value(value)
+    else:
+        raise StructureError(f"cannot write a value over the {type(at).__name__}", at=show_path(whole),
+                             got=type(value).__name__, expected="a nested State")  # fmt: skip
+
+
+def _child(at: Any, key: Any) -> Any:
+    if isinstance(at, Pytree):
+        return at.__dict__.get(str(key) if at._pytree__has_int_keys else key)
+    if isinstance(at, Mapping):
+        return at.get(key)
+    if isinstance(at, (list, tuple)):
+        return at[key] if isinstance(key, int) and key < len(at) else getattr(at, str(key), None)
+    return getattr(at, str(key), None)
+
+
+def _set_child(at: Any, key: Any, value: Any, whole: tuple) -> None:
+    if isinstance(at, Pytree):
+        setattr(at, str(key), value)
+    elif isinstance(at, (MutableMapping, list)):
+        at[key] = value  # type: ignore[index]
+    else:
+        raise StructureError(f"cannot set {key!r} of the immutable {type(at).__name__}", at=show_path(whole),
+                             fix="use a list, a dict, or a Variable")  # fmt: skip
+
+
+# ---------------------------------------------------------------- pop and clone
+def pop(node: Any, *filters: Filter):
+    """Takes the Variables that the filters match out of an object; returns them as a State (one per filter).
+
+    Raises:
+        ArgumentError: no filter was given.
+    """
+    if not filters:
+        raise ArgumentError("Expected at least one filter", fix="pop(node, nnx.Intermediate)")
+    predicates = to_predicates(filters)
+    found: list[list[tuple[tuple, Any]]] = [[] for _ in filters]
+    done: set[int] = set()
+
+    def visit(x: Any, path: tuple) -> None:
+        if id(x) in done:
+            return
+        done.add(id(x))
+        if isinstance(x, Pytree):
+            items = [(int(k) if x._pytree__has_int_keys and k.isdigit() else k, v) for k, v in sorted(x.__dict__.items())]
+        elif isinstance(x, (dict, State)):
+            items = [(k, x[k]) for k in sorted(x, key=key_order)]
+        elif isinstance(x, (list, tuple)):
+            items = list(enumerate(x))
+        else:
+            return
+        for key, value in items:
+            here = (*path, key)
+            if isinstance(value, Variable):
+                if id(value) in done:
+                    continue
+                for index, predicate in enumerate(predicates):
+                    if predicate(here, value):
+                        done.add(id(value))
+                        found[index].append((here, value))
+                        _delete_child(x, key, here)
+                        break
+            else:
+                visit(value, here)
+
+    visit(node, ())
+    states = tuple(from_flat_state(pairs) for pairs in found)
+    return states[0] if len(states) == 1 else states
+
+
+def _delete_child(at: Any, key: Any, path: tuple) -> None:
+    if isinstance(at, Pytree):
+        delattr(at, str(key))
+    elif isinstance(at, (dict, State)):
+        del at[key]
+    else:
+        raise StructureError(f"cannot take a Variable out of a {type(at).__name__}", at=show_path(path), fix="use a List or a dict")
+
+
+def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:
+    """A copy of an object; with `variables=False` it shares the Variables, with `arrays=True` the arrays are copied too."""
+    description, parts = split(node, graph=graph)
+    if arrays:
+        parts = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, parts)
+    return merge(description, parts, copy=variables)
+
+
+# ---------------------------------------------------------------- a State with its GraphDef
+class GraphState(MutableMapping, Generic[A]):
+    """A State bundled with its GraphDef, so that `merge` needs nothing else."""
+
+    def __init__(self, _graphdef: GraphDef, _state: Any):
+        self._graphdef, self._state = _graphdef, _state
+
+    def __getitem__(self, key):
+        return self._state[key]
+
+    def __setitem__(self, key, value):
+        self._state[key] = value
+
+    def __delitem__(self, key):
+        del self._state[key]
+
+    def __iter__(self):
+        return iter(self._state)
+
+    def __len__(self):
+        return len(self._state)
+
+    def __repr__(self):
+        return f"GraphState(\n  _graphdef={self._graphdef},\n  _state={self._state}\n)"
+
+
+jax.tree_util.register_pytree_with_keys(
+    GraphState,
+    lambda g: ([(jax.tree_util.GetAttrKey("_state"), g._state)], g._graphdef),
+    lambda description, children: GraphState(description, children[0]),
+)
+
+
+def unpack(node: Any, *filters: Filter, graph: bool | None = None):
+    """Like `split`, but every State brings the GraphDef: one GraphState, or one per filter."""
+    description, *states = split(node, *filters, graph=graph)
+    found = tuple(GraphState(description, s) for s in states)
+    return found[0] if len(found) == 1 else found
+
+
+def _merge_graph_states(first: GraphState, *others: GraphState):
+    for other in others:
+        if not isinstance(other, GraphState) or other._graphdef != first._graphdef:
+            raise StructureError("GraphStates of different objects cannot be merged", fix="merge the GraphStates of one unpack call")
+    return merge(first._graphdef, first._state, *(o._state for o in others))
+
+
+
+
+def deep_copy(node: Pytree, memo: dict[int, Any]) -> Pytree:
+    """`copy.deepcopy` of a graph object: sharing stays sharing, settings such as functions are not copied."""
+    return clone(node, arrays=True, graph=True)
+
+
+Pytree.__deepcopy__ = deep_copy  # type: ignore[attr-defined]  # here, since it needs the traversal

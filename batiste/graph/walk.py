@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walks over a model: iterate, map, find, and change settings or metadata everywhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+
+from . import errors
+from .filters import Filter, to_predicate
+from .flatten import duplicate_error, flatten_graph, is_graph_node, iter_parts, unflatten_graph
+from .jaxcompat import key_name, one_level
+from .modes import graph_mode
+from .pytree import Pytree, sorted_names
+from .state import State, key_order
+from .variable import Variable
+
+A = TypeVar("A")
+Path = tuple[Any, ...]
+
+
+# ---------------------------------------------------------------- children
+def node_items(x: Any) -> list[tuple[Any, Any]] | None:
+    """The `(key, value)` pairs of a graph object or pytree node, settings included; None for a leaf."""
+    if isinstance(x, Variable):
+        return None
+    if isinstance(x, Pytree):
+        int_keys = x._pytree__has_int_keys
+        return [(int(k) if int_keys and k.isdigit() else k, x.__dict__[k]) for k in sorted_names(x)]
+    if isinstance(x, (dict, State)):
+        mapping = x._mapping if isinstance(x, State) else x
+        return [(k, mapping[k]) for k in sorted(mapping, key=key_order)]
+    if type(x) in (list, tuple):
+        return list(enumerate(x))
+    if x is None or isinstance(x, (str, int, float, jax.Array)):
+        return None
+    level = one_level(x)
+    return None if level is None else [(key_name(path[-1]), child) for path, child in level[0]]
+
+
+def _data_items(x: Any) -> list[tuple[Any, Any]] | None:
+    """Like `node_items`, for a tree: the data of an object alone."""
+    items = node_items(x)
+    if isinstance(x, Pytree) and type(x)._pytree__is_pytree:
+        nodes = x._pytree__nodes
+        items = [(k, v) for k, v in items or () if nodes.get(str(k))]
+    return items
+
+
+def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Any]]:
+    """All `(path, value)` of an object, children first; what is shared comes once.
+
+    Raises:
+        AliasError: with `graph=False`, an object that is found at two paths.
+    """
+    as_graph = graph_mode(graph)
+    items_of = node_items if as_graph else _data_items
+    seen: dict[int, Path] = {}
+    open_: set[int] = set()
+
+    def visit(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+        if as_graph or is_graph_node(x):
+            if id(x) in seen:
+                if not as_graph:
+                    raise duplicate_error(x, [seen[id(x)], path], "")
+                return
+            seen[id(x)] = path
+        if id(x) in open_:
+            return
+        open_.add(id(x))
+        for key, value in items_of(x) or ():
+            yield from visit(value, (*path, key))
+        open_.discard(id(x))
+        yield path, x
+
+    return visit(node, ())
+
+
+def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:
+    """The direct children of an object that are graph objects or pytree nodes themselves, as `(key, child)`."""
+    items_of = node_items if graph_mode(graph) else _data_items
+    for key, value in items_of(node) or ():
+        if isinstance(value, Pytree) or (not isinstance(value, Variable) and node_items(value) is not None and _holds_nodes(value)):
+            yield key, value
+
+
+def _holds_nodes(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict, State)) or isinstance(value, Pytree)
+
+
+# ---------------------------------------------------------------- maps
+def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None) -> Any:
+    """Rebuilds an object, children first, with `f(path, x)` in the place of every node and leaf."""
+    as_graph = graph_mode(graph)
+    done: dict[int, tuple[Any, Path]] = {}
+
+    def visit(x: Any, path: Path) -> Any:
+        if is_graph_node(x) and id(x) in done:
+            if not as_graph:
+                raise duplicate_error(x, [done[id(x)][1], path], "")
+            return done[id(x)][0]
+        new = x
+        if isinstance(x, Pytree):
+            new = x.__copy__()
+            done[id(x)] = new, path
+            for key, value in _data_items(x) or ():
+                new.__dict__[str(key)] = visit(value, (*path, key))
+        elif not is_graph_node(x) and (items := node_items(x)) is not None:
+            children = [visit(value, (*path, key)) for key, value in items]
+            if any(a is not b for a, (_, b) in zip(children, items)):
+                new = _rebuild(x, [key for key, _ in items], children)
+        result = f(path, new)
+        if is_graph_node(x):
+            done[id(x)] = result, path
+        return result
+
+    return visit(node, ())
+
+
+def _rebuild(x: Any, keys: list[Any], children: list[Any]) -> Any:
+    if isinstance(x, (dict, State)):
+        return type(x)(dict(zip(keys, children)))
+    if type(x) in (list, tuple):
+        return type(x)(children)
+    return jax.tree.unflatten(one_level(x)[1], children)  # type: ignore[index]
+
+
+def map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None, recreate_variables: bool = True) -> Any:
+    """A new object with `f(path, leaf)` in the place of each leaf: a Variable, or a bare array."""
+    flat = flatten_graph(node, graph=graph_mode(graph))
+    leaves = [f(path, x) for path, x in zip(flat.paths, flat.leaves)]
+    return unflatten_graph(flat.graphdef.root, leaves)[0]
+
+
+def as_pure(tree: Any) -> Any:
+    """The tree with every Variable replaced by its value."""
+    return jax.tree.map(lambda x: x.get_value() if isinstance(x, Variable) else x, tree, is_leaf=lambda x: isinstance(x, Variable))
+
+
+def pure(tree: Any) -> Any:
+    """Deprecated name of `as_pure`."""
+    warnings.warn("'pure' is deprecated, use 'as_pure' instead.", DeprecationWarning, stacklevel=2)
+    return as_pure(tree)
+
+
+# ---------------------------------------------------------------- finding and changing
+def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[Path]]:
+    """The groups of paths that lead to one and the same object, for the objects that `only` matches."""
+    predicate = to_predicate(only)
+    paths: dict[int, list[Path]] = {}
+    keep: list[Any] = []  # temporaries must not share an id
+
+    def visit(x: Any, path: Path) -> None:
+        if is_graph_node(x):
+            known = id(x) in paths
+            if predicate(path, x):
+                paths.setdefault(id(x), []).append(path)
+            elif known:
+                return
+            if known or id(x) in entered:
+                return
+            entered.add(id(x))
+        keep.append(x)
+        for key, value in _data_items(x) or ():
+            visit(value, (*path, key))
+
+    entered: set[int] = set()
+    visit(node, ())
+    return [group for group in paths.values() if len(group) > 1]
+
+
+def set_metadata(node: Any, /, *, only: Filter = Variable, **metadata: Any) -> None:
+    """Sets metadata on the Variables of an object that `only` matches, in place."""
+    predicate = to_predicate(only)
+    for path, x in iter_graph(node, graph=True):
+        if isinstance(x, Variable) and predicate(path, x):
+            x.set_metadata(**metadata)
+
+
+# ---------------------------------------------------------------- where a module is, for error messages
+def _locate(candidates: list[Any], target: Any) -> str | None:
+    """The path from the first of the candidates that reaches `target`, or None."""
+    for root in candidates:
+        if not isinstance(root, Pytree) or root is target:
+            continue
+        done, todo = {id(root)}, [((), root)]
+        while todo:
+            path, x = todo.pop()
+            for name, value in x.__dict__.items():
+                for keys, part in iter_parts(value):
+                    here = (*path, name, *keys)
+                    if part is target:
+                        return "/".join(str(k) for k in here)
+                    if isinstance(part, Pytree) and id(part) not in done:
+                        done.add(id(part))
+                        todo.append((here, part))
+    return None
+
+
+errors._locators.append(_locate)
