@@ -259,12 +259,21 @@ def walk_defs(d: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
 
 
 # ---------------------------------------------------------------- flatten
+class _Any:
+    def __repr__(self):
+        return "ANY"
+
+
+ANY = _Any()
+"""A label that agrees with every other one that the object bears elsewhere."""
+
+
 class Flat:
     """What a traversal found: leaves (Variables, Refs and bare arrays) with their paths and labels, and all objects."""
 
-    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers")
+    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers", "slots")
 
-    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers):
+    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers, slots):
         self.graphdef: GraphDef = graphdef
         self.leaves: list[Any] = leaves
         self.paths: list[Path] = paths
@@ -272,6 +281,7 @@ class Flat:
         self.objects: dict[int, Any] = objects  # by number
         self.numbers: dict[int, int] = numbers  # id(object) -> number
         self.containers: list[Any] = containers  # plain lists and dicts, which change without telling
+        self.slots: dict[int, tuple[Any, str]] = slots  # position of a bare array -> the object and attribute that hold it
 
     def values(self) -> list[Any]:
         return [x._raw_value if isinstance(x, Variable) else x for x in self.leaves]
@@ -308,6 +318,7 @@ class _Walk:
         self.objects: dict[int, Any] = {}
         self.seen: dict[int, tuple[int, Any, Path]] = {}  # id -> (number, label or rule, path)
         self.containers: list[Any] = []
+        self.slots: dict[int, tuple[Any, str]] = {}
         self.fresh = 0
         self.rule: Rule | None = None
         self.label: Any = None
@@ -316,7 +327,7 @@ class _Walk:
     def finish(self, root: Any) -> Flat:
         numbers = {key: entry[0] for key, entry in self.seen.items()}
         graphdef = GraphDef(root, len(self.leaves), self.paths)
-        return Flat(graphdef, self.leaves, self.paths, self.labels, self.objects, numbers, self.containers)
+        return Flat(graphdef, self.leaves, self.paths, self.labels, self.objects, numbers, self.containers, self.slots)
 
     # ------------------------------------------------------------ leaves and objects
     def label_of(self, path: Path, x: Any) -> Any:
@@ -346,7 +357,7 @@ class _Walk:
         entry = self.seen.get(id(x))
         if entry is not None:
             label = self.label_of(path, x)
-            if label != entry[1]:
+            if label != entry[1] and label is not ANY:
                 raise inconsistent_error(x, [(entry[2], entry[1]), (path, label)])
             return self.met_again(x, path)
         self.leaf(x, path)
@@ -380,6 +391,8 @@ class _Walk:
                     names.append(name)
                     values.append(value)
                 else:
+                    if child is LEAF_DEF:
+                        self.slots[len(self.leaves) - 1] = x, name
                     keys.append(key)
                     children.append(child)
             else:

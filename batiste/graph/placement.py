@@ -156,13 +156,22 @@ def sharding_of(metadata: Mapping[str, Any], mesh: Mesh | AbstractMesh | None = 
             fix="create the model inside `with jax.set_mesh(mesh):`, or give the Variable mesh=mesh; "
                 "nnx.use_eager_sharding(False) leaves values where they are",
         )  # fmt: skip
-    missing = [a for entry in spec for a in (entry if isinstance(entry, tuple) else (entry,))
-               if isinstance(a, str) and a not in mesh.axis_names]  # fmt: skip
-    if missing:
-        raise ArgumentError(
-            f"Resource axis: {missing[0]} of {spec} is not found in mesh: {tuple(mesh.axis_names)}",
-            fix=f"name a mesh axis, or say what it stands for with logical_axis_rules((({missing[0]!r}, None), ...))",
-        )
+    return on_mesh(mesh, spec)
+
+
+def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding:
+    """`NamedSharding(mesh, spec)`.
+
+    Raises:
+        ArgumentError: the mesh has no such axis.
+    """
+    axes = [a for entry in spec for a in (entry if isinstance(entry, tuple) else (entry,)) if isinstance(a, str)]
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            raise ArgumentError(
+                f"Resource axis: {axis} of {spec} is not found in mesh: {tuple(mesh.axis_names)}",
+                fix=f"name a mesh axis, or say what it stands for with logical_axis_rules((({axis!r}, None), ...))",
+            )
     return NamedSharding(mesh, spec)
 
 

@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changing the random streams inside a model: splitting them for vmap, forking, reseeding, and putting them back.
 
-With `graph` and `graph_updates` on, the streams are changed where they are and `SplitBackups` undoes it; otherwise a copy
-of the model is returned, with new streams and the same Variables for all else. Without a node the functions are
+With `graph` and `graph_updates` on, the streams are changed where they are, and `SplitBackups` undoes it; otherwise a
+copy of the model is returned, with new streams and the same Variables for all else. Without a node the functions are
 decorators, for all arguments of a call.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from functools import partial, wraps
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from .errors import ArgumentError, RngError
-from .filters import Filter, Path, to_predicate
+from .filters import Filter, Path, Predicate, to_predicate
 from .modes import graph_mode, graph_updates_mode
-from .rng import RngStream, Shape, as_shape, first_match
+from .rng import RngStream, Shape, by_filter
 from .variable import MISSING
 from .walk import iter_graph, recursive_map
 
 F = TypeVar("F", bound=Callable[..., Any])
 StreamBackup = tuple[RngStream, jax.Array] | tuple[RngStream, jax.Array, jax.Array]
+Policy = Literal["scalars_only", "match_shape"] | Callable[[Path, jax.Array, tuple[int, ...]], jax.Array]
 Derive = Callable[[Path, RngStream], RngStream | None]
 
 
@@ -36,7 +37,7 @@ class SplitBackups(Iterable[StreamBackup]):
     def __iter__(self) -> Iterator[StreamBackup]:
         return iter(self.backups)
 
-    def __enter__(self) -> SplitBackups:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -123,10 +124,10 @@ def fork_rngs(node: Any = MISSING, /, *, split: Mapping[Filter, Shape | None] | 
     >>> bool(inside == rngs())
     False
     """
-    rules = [(to_predicate(f), k) for f, k in (split if isinstance(split, Mapping) else {...: split}).items()]
+    rules = by_filter(split)
 
     def derive(path: Path, stream: RngStream) -> RngStream | None:
-        for selects, k in rules:
+        for _, selects, k in rules:
             if _both(selects, path, stream):
                 return stream.fork(split=k)
         return None
@@ -157,35 +158,35 @@ def with_rngs(node: Any = MISSING, /, *, split: Mapping[Filter, Shape] | Shape |
         NotImplementedError: `graph` and `graph_updates` are both on.
     """
     if graph_mode(graph) and graph_updates_mode(graph_updates):
-        raise NotImplementedError("graph=True and graph_updates=True is not supported for `with_rngs`: it returns a copy.\n"
-                                  "  Fix: pass graph_updates=False, or use split_rngs or fork_rngs.")  # fmt: skip
-    forks = fork if isinstance(fork, (list, tuple)) else [fork]
-    rules = [
-        *_rules("split", split, RngStream.split),
-        *_rules("broadcast", broadcast, RngStream.broadcast),
-        *(("fork", f, to_predicate(f), RngStream.fork) for f in forks if f is not None),
-    ]
+        raise NotImplementedError(
+            "graph=True and graph_updates=True is not supported for `with_rngs`: it returns a copy.\n"
+            "  Fix: pass graph_updates=False, or change the streams in place with split_rngs or fork_rngs."
+        )
+    shaped = {"split": (split, RngStream.split), "broadcast": (broadcast, RngStream.broadcast)}
+    rules: list[tuple[str, Filter, Predicate, Callable[[RngStream], RngStream]]] = []
+    for name, (shapes, change) in shaped.items():
+        rules += [(name, f, m, partial(change, k=k)) for f, m, k in by_filter({} if shapes is None else shapes)]
+    for f in fork if isinstance(fork, (list, tuple)) else [fork]:
+        rules.append(("fork", f, to_predicate(f), RngStream.fork))
     selects = to_predicate(only)
 
     def derive(path: Path, stream: RngStream) -> RngStream | None:
         if not selects(path, stream):
             return None
-        found = [(rule, f, change) for rule, f, matches, change in rules if matches(path, stream)]
-        first_of_rule = {rule: f for rule, f, _ in reversed(found) if f is not ... and f is not True}
-        if len(first_of_rule) > 1:
+        found = [(name, f, change) for name, f, matches, change in rules if matches(path, stream)]
+        by_name = {name: f for name, f, _ in found[::-1] if f is not ... and f is not True}
+        if len(by_name) > 1:
             raise ArgumentError(
-                f"RngStream at path {path} matches multiple rules:"
-                + "".join(f"\n  - {rule} matches filter {first_of_rule[rule]!r}" for rule in _ORDER if rule in first_of_rule),
+                f"RngStream at path {path} matches multiple rules: "
+                + ", ".join(f"{name} matches filter {f!r}" for name, f in by_name.items()),
                 fix="name each stream in one of split, broadcast and fork",
-            )  # fmt: skip
+            )
         return found[0][2](stream) if found else None
 
     return _change(node, derive, graph, False)
 
 
-def reseed(node: Any, /, *, graph: bool | None = None,
-           policy: Literal["scalars_only", "match_shape"] | Callable[[Path, jax.Array, tuple[int, ...]], jax.Array] = "scalars_only",
-           **stream_keys: Any) -> None:  # fmt: skip
+def reseed(node: Any, /, *, graph: bool | None = None, policy: Policy = "scalars_only", **stream_keys: Any) -> None:
     """Gives the streams in `node` with these tags new keys, one after the other from a stream of the given key.
 
     Args:
@@ -215,9 +216,6 @@ def reseed(node: Any, /, *, graph: bool | None = None,
 
 
 # ---------------------------------------------------------------- the parts
-_ORDER = ("split", "broadcast", "fork")
-
-
 def _streams(node: Any, graph: bool | None) -> list[tuple[Path, RngStream]]:
     return [(path, x) for path, x in iter_graph(node, graph=graph) if isinstance(x, RngStream)]
 
@@ -227,20 +225,9 @@ def _both(selects: Callable[[Path, Any], bool], path: Path, stream: RngStream) -
     return selects((*path, "key"), stream.key) and selects((*path, "count"), stream.count)
 
 
-def _rules(name: str, shapes: Any, derive: Callable[[RngStream, Shape], RngStream]) -> Iterator[tuple]:
-    if shapes is None:
-        return
-    for f, shape in (shapes if isinstance(shapes, Mapping) else {...: shapes}).items():
-        yield name, f, to_predicate(f), functools.partial(_given, derive, as_shape(shape))
-
-
-def _given(derive: Callable[[RngStream, Shape], RngStream], shape: Shape, stream: RngStream) -> RngStream:
-    return derive(stream, shape)
-
-
 def _change(node: Any, derive: Derive, graph: bool | None, graph_updates: bool | None) -> Any:
     if node is MISSING:
-        return functools.partial(_decorate, derive, graph, graph_updates)
+        return partial(_decorate, derive, graph, graph_updates)
     if graph_mode(graph) and graph_updates_mode(graph_updates):
         return _in_place(node, derive, graph)
     new = lambda path, x: (derive(path, x) or x) if isinstance(x, RngStream) else x
@@ -258,7 +245,7 @@ def _in_place(node: Any, derive: Derive, graph: bool | None) -> SplitBackups:
 
 
 def _decorate(derive: Derive, graph: bool | None, graph_updates: bool | None, f: F) -> F:
-    @functools.wraps(f)
+    @wraps(f)
     def with_changed_streams(*args: Any, **kwargs: Any) -> Any:
         changed = _change((args, kwargs), derive, graph, graph_updates)
         if isinstance(changed, SplitBackups):

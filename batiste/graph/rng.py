@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from .errors import RngError
-from .filters import Filter, to_predicate
-from .module import Pytree
+from .filters import Filter, Predicate, to_predicate
+from .pytree import Pytree
 from .variable import Variable
 
 Shape = int | tuple[int, ...]
@@ -160,7 +160,9 @@ def as_key(value: Any) -> jax.Array:
         fix = "pass the key in it: variable.get_value()"
     else:
         fix = "pass a Python int, or jax.random.key(seed)"
-    raise RngError(f"Invalid rng value: {value}, expected an int or a jax.Array of jax.dtypes.prng_key sub-dtype", fix=fix)
+    raise RngError(
+        f"Invalid rng value: {value}", expected="an int or a jax.Array of jax.dtypes.prng_key sub-dtype", fix=fix
+    )
 
 
 def as_shape(k: Any) -> tuple[int, ...]:
@@ -281,7 +283,7 @@ class Rngs(Draws, Pytree):
         >>> rngs.params.key.shape, rngs.dropout.key.shape, rngs.noise.key.shape
         ((5,), (), (2, 5))
         """
-        return self._each(k, RngStream.split)
+        return Rngs({name: stream if k is None else stream.split(k) for name, stream, k in self._shapes(k)})
 
     def broadcast(self, k: Mapping[Filter, Shape | None] | Shape | None) -> Rngs:
         """Streams of `k` equal fresh keys; a mapping from filters to shapes leaves out what it maps to None.
@@ -289,7 +291,7 @@ class Rngs(Draws, Pytree):
         >>> Rngs(0).broadcast(5).default.key.shape
         (5,)
         """
-        return self._each(k, RngStream.broadcast)
+        return Rngs({name: stream if k is None else stream.broadcast(k) for name, stream, k in self._shapes(k)})
 
     def fork(self, /, *, split: Mapping[Filter, Shape | None] | Shape | None = None) -> Rngs:
         """Streams of their own, each from a fresh key of the stream of the same name.
@@ -298,18 +300,16 @@ class Rngs(Draws, Pytree):
         >>> bool(rngs.fork().default() == rngs.default())
         False
         """
-        shapes = first_match(split)
-        return Rngs({name: stream.fork(split=shapes((), stream)) for name, stream in self.items()})
+        return Rngs({name: stream.fork(split=k) for name, stream, k in self._shapes(split)})
 
-    def _each(self, k: Any, derive: Callable[[RngStream, Shape], RngStream]) -> Rngs:
-        shapes, derived = first_match(k), {}
+    def _shapes(self, k: Any) -> Iterator[tuple[str, RngStream, Shape | None]]:
+        """Each stream with the shape of the first filter that matches it."""
+        rules = by_filter(k)
         for name, stream in self.items():
-            shape = shapes((), stream)
-            derived[name] = stream if shape is None else derive(stream, shape)
-        return Rngs(derived)
+            yield name, stream, next((shape for _, matches, shape in rules if matches((), stream)), None)
 
 
-def first_match(shapes: Mapping[Filter, Any] | Any) -> Callable[[tuple, Any], Any]:
-    """`(path, x) -> shape` of the first filter that matches; a single shape is that of everything."""
-    rules = [(to_predicate(f), shape) for f, shape in (shapes if isinstance(shapes, Mapping) else {...: shapes}).items()]
-    return lambda path, x: next((shape for matches, shape in rules if matches(path, x)), None)
+def by_filter(shapes: Mapping[Filter, Any] | Any) -> list[tuple[Filter, Predicate, Any]]:
+    """The rules `(filter, its predicate, shape)` of a mapping from filters to shapes; a single shape is for all."""
+    pairs = shapes.items() if isinstance(shapes, Mapping) else [(..., shapes)]
+    return [(f, to_predicate(f), shape) for f, shape in pairs]

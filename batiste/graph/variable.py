@@ -8,6 +8,7 @@ one *kind*.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import operator
@@ -267,8 +268,9 @@ class Variable(Generic[A], metaclass=VariableMeta):
             if isinstance(raw, jax.Array):
                 value = raw.at[index].set(value)  # type: ignore[assignment]
             else:
-                raw[index] = value  # type: ignore[index]
-                value = raw
+                new = copy.copy(raw)  # another object, so that transforms see the change
+                new[index] = value  # type: ignore[index]
+                value = new
         if self._home is not None:
             _written_far_from_home(self)
         object.__setattr__(self, "_raw_value", value)

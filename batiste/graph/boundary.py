@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Boundary: how live objects cross any JAX transform.
+
+       outside                                     inside the trace
+       enter(args, prefix)                         run(groups)
+         objects -> values, by label                 values -> copies of the objects
+                                                     out = f(*copies)
+       leave(groups, note)                           changed values and new leaves, by label
+         values -> the same objects, out
+
+A *label* (an axis, a sharding, Carry, a role) says how a leaf passes. Leaves are sorted into one group per label, so the
+prefix argument of every JAX transform is simply the tuple of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec, Sharding
+
+from .errors import ArgumentError
+from .filters import to_predicates
+from .flatten import LEAF, UNCHANGED, VARIABLE, Flat, Path, _Build, _Walk, duplicate_error, flatten_graph, walk_defs
+from .jaxcompat import is_ref, key_name
+from .modes import graph_mode, graph_updates_mode
+from .pytree import Pytree
+from .variable import Variable, frozen_metadata, structure_changed
+
+
+class Mode(NamedTuple):
+    """How the objects of a call are understood.
+
+    Args:
+        graph: may one object stand at several places?
+        updates: do structural changes travel, and may inputs be returned?
+        name: of the function, for error messages.
+    """
+
+    graph: bool
+    updates: bool
+    name: str
+
+    @classmethod
+    def of(cls, name: str, graph: bool | None, graph_updates: bool | None) -> Mode:
+        return cls(graph_mode(graph), graph_updates_mode(graph_updates), name)
+
+    @property
+    def live(self) -> bool:
+        """Objects keep their identity across the boundary."""
+        return self.graph and self.updates
+
+
+_roots: dict[type, bool] = {}
+
+
+def is_root(x: Any) -> bool:
+    """Whether the walk of graph objects begins at `x`, a node of an argument tree."""
+    cls = type(x)
+    known = _roots.get(cls)
+    if known is None:  # asked once per type: this is on the way of every jitted call
+        known = _roots[cls] = issubclass(cls, (Pytree, Variable))
+    return known
+
+
+# ---------------------------------------------------------------- rules: labels by filter
+class Rule:
+    """A label that depends on the path and the Variable: `rule(path, x)`. Its `labels` are all it can give."""
+
+    labels: tuple
+
+    def __call__(self, path: Path, x: Any) -> Any:
+        raise NotImplementedError
+
+
+class Rules(Rule):
+    """Labels by filter, the first that matches: the base of StateAxes, StateSharding and the like.
+
+    Stands in a prefix wherever one label may stand.
+    """
+
+    def __init__(self, pairs: dict[Any, Any] | Iterable[tuple[Any, Any]]):
+        pairs = list(pairs.items() if hasattr(pairs, "items") else pairs)  # type: ignore[union-attr]
+        self.filters = tuple(f for f, _ in pairs)
+        self.labels = tuple(label for _, label in pairs)
+        self.predicates = to_predicates(self.filters)
+
+    def __call__(self, path: Path, x: Any) -> Any:
+        for predicate, label in zip(self.predicates, self.labels):
+            if predicate(path, x):
+                return label
+        raise ArgumentError(f"no filter of {type(self).__name__} matches", at="/".join(map(str, path)), got=type(x).__name__,
+                            fix="end the mapping with `...`")  # fmt: skip
+
+    def items(self):
+        return zip(self.filters, self.labels)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.filters == other.filters and self.labels == other.labels
+
+    def __hash__(self):
+        return hash((type(self), self.filters, self.labels))
+
+    def __repr__(self):
+        return f"{type(self).__name__}({dict(self.items())})"
+
+
+class _Shaped(Rule):
+    """Labels that stand in an object of the same structure, as `nnx.prefix` makes it."""
+
+    def __init__(self, root: Any):
+        flat = flatten_graph(root, graph=True)
+        self.by_path = dict(zip(flat.paths, flat.values()))
+        self.labels = tuple(dict.fromkeys(self.by_path.values()))
+
+    def __call__(self, path: Path, x: Any) -> Any:
+        if path not in self.by_path:
+            raise ArgumentError("the prefix has no label for a leaf", at="/".join(map(str, path)), fix="make it with nnx.prefix")
+        return self.by_path[path]
+
+    def __eq__(self, other):
+        return isinstance(other, _Shaped) and self.by_path == other.by_path
+
+    def __hash__(self):
+        return hash(tuple(self.by_path.items()))
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, (Rule, Sharding, PartitionSpec, Pytree, Variable))
+
+
+def labels_in(prefix: Any) -> list[Any]:
+    """All labels that a prefix can give."""
+    found: list[Any] = []
+    for spec in jax.tree.leaves(prefix, is_leaf=_is_spec):
+        found += spec.labels if isinstance(spec, Rule) else _Shaped(spec).labels if is_root(spec) else [spec]
+    return found
+
+
+def broadcast(prefix: Any, tree: Any, name: str) -> list[Any]:
+    """What the prefix says of each leaf (plain leaf or root object) of `tree`: a label, or a rule that gives one."""
+    if not isinstance(prefix, (tuple, list, dict)):
+        spec = _Shaped(prefix) if is_root(prefix) else prefix
+        return [spec] * len(jax.tree.leaves(tree, is_leaf=is_root))
+    if isinstance(prefix, list) and isinstance(tree, tuple):
+        prefix = tuple(prefix)
+    specs, structure = jax.tree.flatten(prefix, is_leaf=_is_spec)
+    try:
+        parts = structure.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"{name} does not fit the structure it speaks of", got=repr(prefix),
+                            expected=f"a prefix of {jax.tree.structure(tree, is_leaf=is_root)} ({error})") from None  # fmt: skip
+    found: list[Any] = []
+    for spec, part in zip(specs, parts):
+        count = len(jax.tree.leaves(part, is_leaf=is_root))
+        found += [_Shaped(spec) if is_root(spec) else spec] * count
+    return found
+
+
+# ---------------------------------------------------------------- a tree of arguments, walked
+class Walked(NamedTuple):
+    """An argument tree: its plain structure, and one description per leaf (a plain value or a root object)."""
+
+    treedef: Any
+    defs: tuple
+
+
+PLAIN = (LEAF,)  # describes a plain value of an argument tree
+
+
+def walk_tree(walk: _Walk, tree: Any, specs: Sequence[Any], start: Path = ()) -> Walked:
+    """Goes on with `walk` over the roots and plain leaves of `tree`; `specs` says how each of them is labelled."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_root)
+    defs = []
+    for (keys, x), spec in zip(pairs, specs):
+        path = (*start, *map(key_name, keys))
+        aim(walk, spec, path)
+        if is_root(x):
+            defs.append(walk.value(x, path))
+        else:
+            walk.leaf(x, path)
+            defs.append(PLAIN)
+    return Walked(treedef, tuple(defs))
+
+
+def aim(walk: _Walk, spec: Any, path: Path) -> None:
+    """What comes next is labelled by `spec`, whose rules see paths from here on."""
+    walk.rule = spec if isinstance(spec, Rule) else None
+    walk.label, walk.start = spec, len(path)
+
+
+def build_all(walked: Walked, build: _Build) -> list[Any]:
+    """The leaves of the tree again, root objects included."""
+    return [next(build.leaves) if d is PLAIN else build.value(d) for d in walked.defs]
+
+
+# ---------------------------------------------------------------- the note
+@jax.tree_util.register_static
+class Note:
+    """What one trace of the function found out: it rides on the output tree, so that a cached program brings its own."""
+
+    __slots__ = ("changed", "metadata", "args", "out", "sources", "labels", "plain")
+
+    def __init__(self, changed, metadata, args, out, sources, labels):
+        self.changed: tuple[int, ...] = changed  # positions of the entry leaves whose values come back
+        self.metadata: tuple = metadata  # (position, metadata) of Variables whose metadata changed
+        self.args: Walked | None = args  # the arguments' structure, if it changed
+        self.out: Walked = out
+        self.sources: tuple = sources  # per leaf behind the changed ones: SENT, KEPT or an entry position
+        self.labels: tuple = labels  # of all that comes back, in order
+        self.plain = args is None and not metadata and all(d is PLAIN for d in out.defs)
+
+
+SENT, KEPT = "sent", "kept"
+
+
+# ---------------------------------------------------------------- inside
+class Crossing:
+    """The static half of a passage: how the arguments were built, and what to do with them inside the trace.
+
+    It holds no live object, so a compiled program may keep it.
+    """
+
+    def __init__(self, f: Callable, mode: Mode, walked: Walked, flat: Flat, specs: Sequence[Any], out_prefix: Any,
+                 labels: Iterable[Any], keep: Callable[[Any], bool] | None):  # fmt: skip
+        self.f, self.mode, self.walked, self.specs = f, mode, walked, specs
+        self.out_prefix, self.keep = out_prefix, keep
+        self.leaf_labels, self.paths = tuple(flat.labels), flat.paths
+        self.numbers = [flat.numbers.get(id(x)) for x in flat.leaves]
+        self.labels: tuple = tuple(dict.fromkeys([*labels, *flat.labels, *labels_in(out_prefix)]))
+        variable = [isinstance(x, Variable) for x in flat.leaves]
+        self.order = tuple(sorted(part, key=lambda i: not variable[i]) for part in order(self.labels, flat.labels))
+        self.note: Note | None = None
+
+    def key(self) -> Any:
+        """Two crossings with equal keys run the same program."""
+        return self.walked, self.leaf_labels
+
+    def run(self, groups: Sequence[Sequence[Any]]) -> tuple[list[Any], ...]:
+        """Calls the function on copies of the objects; returns what must travel back, by label."""
+        before = self.ungroup(groups)
+        args, opened = self.open(before)
+        return self.close(before, opened, self.f(*args))
+
+    def ungroup(self, groups: Sequence[Sequence[Any]]) -> list[Any]:
+        """The entry leaves in order, from one list per label."""
+        values: list[Any] = [None] * len(self.numbers)
+        for positions, part in zip(self.order, groups):
+            for i, x in zip(positions, part):
+                values[i] = x
+        return values
+
+    def open(self, before: list[Any]) -> tuple[Any, Opened]:
+        """The arguments as copies around these values."""
+        build = _Build(before, None, False)
+        leaves = build_all(self.walked, build)
+        return jax.tree.unflatten(self.walked.treedef, leaves), Opened(leaves, build.objects)
+
+    def close(self, before: list[Any], opened: Opened, out: Any) -> tuple[list[Any], ...]:
+        """Finds what the function changed and made; writes the note."""
+        objects = opened.objects
+        known = {id(x): i for i, x in objects.items()}
+        inner = [None if i is None else objects[i] for i in self.numbers]
+        changed = tuple(
+            n for n, x in enumerate(inner)
+            if isinstance(x, Variable) and not is_ref(before[n])
+            and (x._raw_value is not before[n] or (self.keep is not None and self.keep(self.leaf_labels[n])))
+        )  # fmt: skip
+        walk = _Walk(self.mode.graph, known=known, what=self.mode.name)
+        args, metadata = (self.walk_again(walk, opened.leaves), ()) if self.mode.live else (None, self.new_metadata(objects))
+        behind = len(walk.leaves)
+        walked = walk_tree(walk, out, broadcast(self.out_prefix, out, "out_axes"), ("out",))
+        if not self.mode.live:
+            self.refuse_aliases(walk, known)
+        values: list[Any] = [inner[n]._raw_value for n in changed]  # type: ignore[union-attr]
+        labels, sources = [self.leaf_labels[n] for n in changed], []
+        positions = {path: n for n, path in enumerate(self.paths)}
+        for n, (x, path, label) in enumerate(zip(walk.leaves, walk.paths, walk.labels)):
+            at = positions.get(path) if n < behind else None
+            if isinstance(x, Variable) and id(x) in known:
+                sources.append(KEPT)
+            elif at is not None and before[at] is x and not (self.keep and self.keep(label)):
+                sources.append(at)
+            else:
+                sources.append(SENT)
+                values.append(x._raw_value if isinstance(x, Variable) else x)
+                labels.append(label)
+        if args is not None and args == self.walked and SENT not in sources[:behind]:
+            args, sources = None, sources[behind:]
+        self.note = Note(changed, metadata, args, walked, tuple(sources), tuple(labels))
+        return group(self.labels, values, labels)
+
+    def walk_again(self, walk: _Walk, leaves: list[Any]) -> Walked:
+        """The structure of the arguments after the call; plain values cannot have changed, and are passed over."""
+        tree = jax.tree.unflatten(self.walked.treedef, range(len(leaves)))
+        paths = [tuple(map(key_name, keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+        defs: list[Any] = []
+        for x, d, spec, path in zip(leaves, self.walked.defs, self.specs, paths):
+            aim(walk, spec, path)
+            defs.append(PLAIN if d is PLAIN else walk.value(x, path))
+        return Walked(self.walked.treedef, tuple(defs))
+
+    def new_metadata(self, objects: dict[int, Any]) -> tuple:
+        """The metadata of Variables that carry other ones than they came in with."""
+        found = []
+        for d in self.walked.defs:
+            for _, part in walk_defs(d):
+                if part[0] == VARIABLE and frozen_metadata(objects[part.index]) != part.metadata:
+                    found.append((self.numbers.index(part.index), frozen_metadata(objects[part.index])))
+        return tuple(found)
+
+    def refuse_aliases(self, walk: _Walk, known: dict[int, int]) -> None:
+        """Without graph updates an input may not be handed out again."""
+        for key, (index, _, path) in walk.seen.items():
+            x = walk.objects[index]
+            if key in known and isinstance(x, Variable):
+                at = self.paths[self.numbers.index(index)]
+                raise duplicate_error(x, [("args", *at), path], self.mode.name)
+
+
+class Opened(NamedTuple):
+    """The copies inside the trace."""
+
+    leaves: list[Any]
+    objects: dict[int, Any]
+
+
+# ---------------------------------------------------------------- outside
+class Boundary:
+    """The passage of one call through one transform.
+
+    Args:
+        f: the user's function.
+        mode: how objects are understood.
+        out_prefix: the labels of its result.
+        keep: which of the Variables come back although they did not change: a predicate on their label.
+    """
+
+    def __init__(self, f: Callable, mode: Mode, out_prefix: Any = None, keep: Callable[[Any], bool] | None = None):
+        self.f, self.mode, self.out_prefix, self.keep = f, mode, out_prefix, keep
+
+    def enter(self, args: Any, prefix: Any = None, name: str = "in_axes", labels: Iterable[Any] = (),
+              specs: Sequence[Any] | None = None) -> tuple[list[Any], ...]:  # fmt: skip
+        """Objects -> values, one list per label. `labels` come first, in this order, also when nothing bears them."""
+        specs = broadcast(prefix, args, name) if specs is None else specs
+        walk = _Walk(self.mode.graph, what=self.mode.name)
+        walked = walk_tree(walk, args, specs)
+        self.flat = walk.finish(None)
+        self.crossing = Crossing(self.f, self.mode, walked, self.flat, specs, self.out_prefix, labels, self.keep)
+        self.run = self.crossing.run
+        return self.values()
+
+    @property
+    def labels(self) -> tuple:
+        return self.crossing.labels
+
+    def values(self) -> tuple[list[Any], ...]:
+        """The present values of the entry leaves, by label."""
+        values = self.flat.values()
+        return tuple([values[i] for i in positions] for positions in self.crossing.order)
+
+    def leave(self, groups: Sequence[Sequence[Any]], note: Note | None = None) -> Any:
+        """Values -> the same objects, and the function's result."""
+        note = note or self.crossing.note
+        assert note is not None
+        return write_back(note, ungroup(self.labels, groups, note.labels), self.flat.leaves, self.flat.objects)
+
+
+def write_back(note: Note, values: Sequence[Any], leaves: Sequence[Any], objects: Mapping[int, Any]) -> Any:
+    """Writes what came back into the live `leaves` and `objects`; returns the function's result."""
+    came = iter(values)
+    for i in note.changed:
+        leaves[i].set_raw_value(next(came))
+    for i, metadata in note.metadata:
+        leaves[i]._set_metadata(dict(metadata.items))
+    rest = [next(came) if s is SENT else UNCHANGED if s is KEPT else leaves[s] for s in note.sources]
+    if note.plain:
+        return jax.tree.unflatten(note.out.treedef, rest)
+    build = _Build(rest, objects, False)
+    if note.args is not None:
+        for d in note.args.defs:
+            if d is not PLAIN:
+                build.value(d)
+        structure_changed()
+    return jax.tree.unflatten(note.out.treedef, build_all(note.out, build))
+
+
+# ---------------------------------------------------------------- groups
+def order(labels: Sequence[Any], of: Sequence[Any]) -> tuple[list[int], ...]:
+    """For each label the positions of the leaves that bear it."""
+    found: dict[Any, list[int]] = {label: [] for label in labels}
+    for position, label in enumerate(of):
+        found[label].append(position)
+    return tuple(found.values())
+
+
+def group(labels: Sequence[Any], values: Sequence[Any], of: Sequence[Any]) -> tuple[list[Any], ...]:
+    """Values sorted into one list per label."""
+    return tuple([values[i] for i in positions] for positions in order(labels, of))
+
+
+def ungroup(labels: Sequence[Any], groups: Sequence[Sequence[Any]], of: Sequence[Any]) -> list[Any]:
+    """The inverse of `group`."""
+    sources = {label: iter(values) for label, values in zip(labels, groups)}
+    return [next(sources[label]) for label in of]

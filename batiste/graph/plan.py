@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: the remembered flattening of a call, valid until the epoch moves.
+
+A jitted function of live objects needs, on every call, the values of their Variables and where to write the results. A
+`Plan` keeps both as flat lists: reading is one list comprehension, writing one loop. It is dropped with the objects it
+speaks of, which it holds weakly.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from .boundary import PLAIN, Boundary, Note, is_root, write_back
+from .errors import BatisteError
+from .flatten import ARRAY_REF, LEAF, VARIABLE, walk_defs
+from .jaxcompat import current_trace
+from .state import State
+from .variable import Epoch, Variable
+
+_set = Variable._raw_value.__set__  # type: ignore[attr-defined]
+_drain = deque(maxlen=0).extend
+
+
+class StalePlanError(BatisteError):
+    """A remembered flattening no longer described the objects: someone went around attribute assignment."""
+
+
+def _snapshot(container: Any) -> tuple[Any, Any]:
+    """The keys and children of a plain container, to be compared by identity."""
+    if isinstance(container, State):
+        container = container._mapping
+    if isinstance(container, dict):
+        return list(container), list(container.values())
+    if isinstance(container, (list, tuple)):
+        return None, list(container)
+    if isinstance(container, set):
+        return None, list(container)
+    return None, jax.tree.leaves(container, is_leaf=lambda x: x is not container)
+
+
+def _unchanged(container: Any, keys: Any, children: list[Any]) -> bool:
+    now_keys, now = _snapshot(container)
+    return len(now) == len(children) and all(map(operator.is_, now, children)) and now_keys == keys
+
+
+class Plan:
+    """The flattening of one call: `program` runs it, `gather` reads its inputs and `scatter` writes its results."""
+
+    def __init__(self, boundary: Boundary, leaves: Sequence[Any], program: Callable[..., Any], forget: Callable[[Plan], None]):
+        flat, crossing = boundary.flat, boundary.crossing
+        self.epoch, self.trace, self.program = Epoch.now, current_trace(), program
+        self.labels = crossing.labels
+        self.roots = [(i, weakref.ref(x, lambda _: forget(self))) for i, x in enumerate(leaves) if is_root(x)]
+        self.kinds = [is_root(x) for x in leaves]
+        self.leaves = [x if isinstance(x, Variable) else None for x in flat.leaves]
+        self.objects = {i: weakref.ref(x) for i, x in flat.objects.items()}
+        self.containers = [(c, *_snapshot(c)) for c in flat.containers]
+        positions = iter([i for i, x in enumerate(leaves) if not is_root(x)])
+        self.sources: dict[int, Callable[[Sequence[Any]], Any]] = {}
+        inside = _positions_inside(crossing.walked.defs)
+        for n, x in enumerate(flat.leaves):
+            if n not in inside:
+                self.sources[n] = operator.itemgetter(next(positions))
+            elif n in flat.slots:
+                owner, name = flat.slots[n]
+                self.sources[n] = _slot_reader(weakref.ref(owner), name)
+            elif not isinstance(x, Variable):
+                self.sources[n] = _constant(x)
+        self.groups = []
+        for part in crossing.order:
+            variables = [flat.leaves[n] for n in part if n not in self.sources]
+            self.groups.append((variables, [self.sources[n] for n in part[len(variables):]]))
+        self.note: Note | None = None
+        self.targets: list[list[Variable]] = []
+        self.out_order: list[tuple[int, int]] = []
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether the plan still describes these arguments, whose plain structure is known to be the same."""
+        if self.epoch != Epoch.now:
+            return False
+        for i, root in self.roots:
+            if leaves[i] is not root():
+                return False
+        if self.kinds != [is_root(x) for x in leaves] or self.trace != current_trace():
+            return False
+        return not self.containers or all(_unchanged(*c) for c in self.containers)
+
+    def gather(self, leaves: Sequence[Any]) -> list[list[Any]]:
+        """The present values, one list per label."""
+        return [[v._raw_value for v in variables] + [read(leaves) for read in others] if others else [v._raw_value for v in variables]
+                for variables, others in self.groups]  # fmt: skip
+
+    def scatter(self, groups: Sequence[Sequence[Any]], note: Note, leaves: Sequence[Any]) -> Any:
+        """Writes the results into the same objects; returns the function's result."""
+        if note is not self.note:
+            self.learn(note)
+        if not note.plain:
+            objects = {i: ref() for i, ref in self.objects.items()}
+            entry = [x if x is not None else self.sources[n](leaves) for n, x in enumerate(self.leaves)]
+            values = [groups[g][i] for g, i in self.all_order]
+            return write_back(note, values, entry, objects)
+        for targets, values in zip(self.targets, groups):
+            _drain(map(_set, targets, values))
+        if len(groups) == 1:
+            return note.out.treedef.unflatten(groups[0][len(self.targets[0]):])
+        return note.out.treedef.unflatten([groups[g][i] for g, i in self.out_order])
+
+    def learn(self, note: Note) -> None:
+        """Where the parts of the results go: the first of each group are values of Variables."""
+        counts, self.all_order = [0] * len(self.labels), []
+        where = {label: g for g, label in enumerate(self.labels)}
+        self.targets = [[] for _ in self.labels]
+        for n, label in enumerate(note.labels):
+            g = where[label]
+            self.all_order.append((g, counts[g]))
+            counts[g] += 1
+            if n < len(note.changed):
+                self.targets[g].append(self.leaves[note.changed[n]])  # type: ignore[arg-type]
+        self.out_order = self.all_order[len(note.changed):]
+        self.note = note
+
+    def check(self, boundary: Boundary) -> None:
+        """Compares the plan with a fresh walk.
+
+        Raises:
+            StalePlanError: they differ.
+        """
+        fresh = [x if isinstance(x, Variable) else None for x in boundary.flat.leaves]
+        if len(fresh) != len(self.leaves) or any(a is not b for a, b in zip(fresh, self.leaves)):
+            raise StalePlanError("the remembered structure of a call's arguments is out of date",
+                                 fix="change attributes by assignment, not through __dict__ or object.__setattr__")  # fmt: skip
+
+
+def _slot_reader(owner: weakref.ref, name: str):
+    return lambda leaves: owner().__dict__[name]  # type: ignore[union-attr]
+
+
+def _constant(x: Any):
+    return lambda leaves: x
+
+
+def _positions_inside(defs: Sequence[Any]) -> set[int]:
+    """The entry positions of leaves that lie inside root objects, not beside them."""
+    found, n = set(), 0
+    for d in defs:
+        if d is PLAIN:
+            n += 1
+            continue
+        for _, part in walk_defs(d):
+            if part[0] in (LEAF, VARIABLE, ARRAY_REF):
+                found.add(n)
+                n += 1
+    return found

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""jit: compiled functions of live objects, with a plan that makes a call as cheap as one over a flat list of arrays."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from batiste.graph.boundary import Boundary, Mode, Rule, Rules, broadcast, is_root
+from batiste.graph.config import config
+from batiste.graph.errors import ArgumentError
+from batiste.graph.flatten import ANY
+from batiste.graph.plan import Plan
+from batiste.graph.variable import MISSING
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class StateSharding(Rules):
+    """Shardings of a module's Variables by filter, the first that matches: `StateSharding({Param: P("data"), ...: None})`."""
+
+    def __init__(self, filter_sharding, /):
+        super().__init__(filter_sharding)
+
+    @property
+    def shardings(self):
+        return self.labels
+
+
+class Way(NamedTuple):
+    """The label of jit: where a value lives, and whether its buffer is given away."""
+
+    sharding: Any
+    donated: bool
+
+
+OUT = Way(None, False)
+
+
+class _WayRule(Rule):
+    def __init__(self, spec: Rule, donated: bool):
+        self.spec, self.donated = spec, donated
+        self.labels = tuple(Way(label, donated) for label in spec.labels)
+
+    def __call__(self, path, x):
+        return Way(self.spec(path, x), self.donated)
+
+    def __eq__(self, other):
+        return isinstance(other, _WayRule) and (self.spec, self.donated) == (other.spec, other.donated)
+
+    def __hash__(self):
+        return hash((self.spec, self.donated))
+
+
+def _way(spec: Any, donated: bool) -> Any:
+    return _WayRule(spec, donated) if isinstance(spec, Rule) else Way(spec, donated)
+
+
+def refuse_bound_method(f: Any, name: str) -> None:
+    """A bound method hides its object from the transform.
+
+    Raises:
+        ArgumentError: `f` is one.
+    """
+    if inspect.ismethod(f) and is_root(f.__self__):
+        raise ArgumentError(
+            f"nnx.{name} does not support bound methods",
+            fix=f"use the decorator form @nnx.{name}, or call nnx.{name}(MyClass.method)(instance, ...) with the unbound method",
+        )
+
+
+# ---------------------------------------------------------------- the arguments of a function
+def _as_tuple(x: Any) -> tuple:
+    return () if x is None else (x,) if isinstance(x, (int, str)) else tuple(x)
+
+
+class Arguments:
+    """Which arguments of a function are static and which are donated, by number and by name."""
+
+    def __init__(self, f: Callable, static_argnums, static_argnames, donate_argnums, donate_argnames):
+        try:
+            parameters = list(inspect.signature(f).parameters.values())
+        except (ValueError, TypeError):
+            parameters = []
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.static_numbers, self.static_names = self.both(positional, static_argnums, static_argnames)
+        self.donated_numbers, self.donated_names = self.both(positional, donate_argnums, donate_argnames)
+
+    @staticmethod
+    def both(positional: list[str], numbers: Any, names: Any) -> tuple[frozenset[int], frozenset[str]]:
+        given_numbers, given_names = numbers is not None, names is not None
+        numbers, names = set(_as_tuple(numbers)), set(_as_tuple(names))
+        numbers = {n + len(positional) if n < 0 else n for n in numbers}
+        if given_numbers and not given_names:
+            names |= {positional[n] for n in numbers if n < len(positional)}
+        elif given_names and not given_numbers:
+            numbers |= {positional.index(n) for n in names if n in positional}
+        return frozenset(numbers), frozenset(names)
+
+    def cut(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Any]:
+        """`(args, kwargs, static)`: static arguments are taken out, and form a hashable key."""
+        if not self.static_numbers and not self.static_names:
+            return args, kwargs, None
+        static = tuple((n, args[n]) for n in sorted(self.static_numbers) if n < len(args))
+        named = tuple((k, kwargs[k]) for k in sorted(kwargs) if k in self.static_names)
+        for where, value in (*static, *named):
+            try:
+                hash(value)
+            except TypeError:
+                raise ArgumentError(
+                    f"Non-hashable static arguments are not supported: argument {where} is a {type(value).__name__}",
+                    fix="pass something hashable (a tuple, a frozen dataclass), or do not mark it static",
+                ) from None
+        dynamic = tuple(x for n, x in enumerate(args) if n not in self.static_numbers)
+        return dynamic, {k: v for k, v in kwargs.items() if k not in self.static_names}, (static, named)
+
+    @staticmethod
+    def join(f: Callable, static: Any) -> Callable:
+        """`f` of the dynamic arguments alone."""
+        if static is None:
+            return lambda args, kwargs: f(*args, **kwargs)
+
+        def joined(args, kwargs):
+            whole = list(args)
+            for n, value in static[0]:
+                whole.insert(n, value)
+            return f(*whole, **kwargs, **dict(static[1]))
+
+        return joined
+
+    def dynamic_donated(self, count: int, static: Any) -> list[bool]:
+        numbers = {n for n, _ in static[0]} if static is not None else ()
+        return [n in self.donated_numbers for n in range(count + len(numbers)) if n not in numbers]
+
+
+# ---------------------------------------------------------------- jit
+class JitWrapped:
+    """A function of live objects, compiled. Calling it writes updates of Variables back into its arguments."""
+
+    def __init__(self, fun: Callable, mode: Mode, in_shardings: Any = None, out_shardings: Any = None, static_argnums: Any = None,
+                 static_argnames: Any = None, donate_argnums: Any = None, donate_argnames: Any = None, **options: Any):  # fmt: skip
+        refuse_bound_method(fun, mode.name)
+        functools.update_wrapper(self, fun)
+        self.fun, self.mode, self.options = fun, mode, options
+        self.in_shardings, self.out_shardings = in_shardings, out_shardings
+        self.arguments = Arguments(fun, static_argnums, static_argnames, donate_argnums, donate_argnames)
+        if not mode.live:
+            refuse_rules(mode, in_shardings=in_shardings, out_shardings=out_shardings)
+        self.out_labels = jax.tree.map(lambda s: _way(s, False), out_shardings, is_leaf=_is_sharding_leaf)
+        if out_shardings is None:
+            self.out_labels = ANY
+        self.programs: dict[Any, Any] = {}
+        self.plans: dict[Any, Plan] = {}
+        self.latest: tuple[Any, Any, Plan] | None = None
+
+    def __get__(self, instance, owner=None):
+        """A decorated method binds its object as the first argument."""
+        return self if instance is None else functools.partial(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs, static = self.arguments.cut(args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_root)
+        latest = self.latest
+        if latest is not None and latest[0] == treedef and latest[1] == static and latest[2].fits(leaves):
+            plan = latest[2]
+            if config.check_plans:
+                plan.check(self.enter(args, kwargs, static)[0])
+        else:
+            plan = self.find(args, kwargs, static, leaves, treedef)
+        groups, note = plan.program(*plan.gather(leaves))
+        return plan.scatter(groups, note, leaves)
+
+    def find(self, args: tuple, kwargs: dict[str, Any], static: Any, leaves: Sequence[Any], treedef: Any) -> Plan:
+        """The plan of these arguments: remembered, or made now."""
+        key = (treedef, static, *[id(x) if is_root(x) else None for x in leaves])
+        plan = self.plans.get(key)
+        if plan is None or not plan.fits(leaves):
+            boundary, _ = self.enter(args, kwargs, static)
+            program = self.program(boundary, static)
+            plan = Plan(boundary, leaves, program, lambda _: self.forget(key))
+            self.plans[key] = plan
+            while len(self.plans) > 64:
+                self.plans.pop(next(iter(self.plans)))
+        self.latest = treedef, static, plan
+        return plan
+
+    def forget(self, key: Any) -> None:
+        """Drops the plan of objects that are gone."""
+        plan = self.plans.pop(key, None)
+        if self.latest is not None and self.latest[2] is plan:
+            self.latest = None
+
+    def enter(self, args: tuple, kwargs: dict[str, Any], static: Any) -> tuple[Boundary, Any]:
+        """Walks the arguments."""
+        if kwargs and self.in_shardings is not None:
+            raise ArgumentError("in_shardings does not speak of keyword arguments", got=sorted(kwargs), fix="pass them by position")
+        specs = broadcast(self.in_shardings, args, "in_shardings")
+        donated = self.arguments.dynamic_donated(len(args), static)
+        counts = [len(jax.tree.leaves(x, is_leaf=is_root)) for x in args]
+        gifts = [g for g, count in zip(donated, counts) for _ in range(count)]
+        ways = [_way(s, g) for s, g in zip(specs, gifts)]
+        for name in sorted(kwargs):
+            count = len(jax.tree.leaves(kwargs[name], is_leaf=is_root))
+            ways += [Way(None, name in self.arguments.donated_names)] * count
+        boundary = Boundary(self.arguments.join(self.fun, static), self.mode, self.out_labels, keep=_is_donated)
+        groups = boundary.enter((args, kwargs), specs=ways, labels=(Way(None, False),))
+        return boundary, groups
+
+    def program(self, boundary: Boundary, static: Any) -> Any:
+        """The compiled function of this structure of arguments."""
+        crossing = boundary.crossing
+        key = (crossing.key(), static)
+        program = self.programs.get(key)
+        if program is None:
+            program = self.programs[key] = self.build(crossing)
+        return program
+
+    def build(self, crossing: Any) -> Any:
+        def run(*groups):
+            out = crossing.run(groups)
+            return out, crossing.note
+
+        run.__name__ = getattr(self.fun, "__name__", "fun")
+        run.__qualname__ = getattr(self.fun, "__qualname__", run.__name__)
+        options = dict(self.options)
+        labels = crossing.labels
+        if any(way is not ANY and way.donated for way in labels):
+            options["donate_argnums"] = tuple(i for i, way in enumerate(labels) if way is not ANY and way.donated)
+        shardings = tuple(None if way is ANY else way.sharding for way in labels)
+        if self.in_shardings is not None:
+            options["in_shardings"] = shardings
+        if self.out_shardings is not None or any(s is not None for s in shardings):
+            options["out_shardings"] = (shardings, None)
+        return jax.jit(run, **options)
+
+    # ------------------------------------------------------------ stages
+    def trace(self, *args: Any, **kwargs: Any) -> Stage:
+        """The traced function, before lowering."""
+        args, kwargs, static = self.arguments.cut(args, kwargs)
+        boundary, groups = self.enter(args, kwargs, static)
+        return Stage(self.program(boundary, static).trace(*groups), self)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Stage:
+        """The lowered function; `.compile()` it, and call that with arguments of the same structure."""
+        args, kwargs, static = self.arguments.cut(args, kwargs)
+        boundary, groups = self.enter(args, kwargs, static)
+        return Stage(self.program(boundary, static).lower(*groups), self)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The result with shapes in the place of arrays."""
+        args, kwargs, static = self.arguments.cut(args, kwargs)
+        boundary, groups = self.enter(args, kwargs, static)
+        out, note = jax.eval_shape(self.program(boundary, static), *groups)
+        return boundary.leave(out, note)
+
+    def clear_cache(self) -> None:
+        """Forgets all programs and plans."""
+        self.programs.clear()
+        self.plans.clear()
+        self.latest = None
+
+    def __repr__(self) -> str:
+        return f"<nnx.{self.mode.name} of {self.fun!r}>"
+
+
+class Stage:
+    """One of JAX's stages (traced, lowered, compiled) of a function of live objects; attributes are the stage's own."""
+
+    def __init__(self, stage: Any, owner: JitWrapped):
+        self._stage, self._owner = stage, owner
+
+    def lower(self, *args, **kwargs) -> Stage:
+        return Stage(self._stage.lower(*args, **kwargs), self._owner)
+
+    def compile(self, *args, **kwargs) -> Stage:
+        return Stage(self._stage.compile(*args, **kwargs), self._owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner
+        args, kwargs, static = owner.arguments.cut(args, kwargs)
+        boundary, groups = owner.enter(args, kwargs, static)
+        out, note = self._stage(*groups)
+        return boundary.leave(out, note)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+    def __repr__(self) -> str:
+        return f"<{type(self._stage).__name__} of {self._owner.fun!r}>"
+
+
+def _is_donated(way: Any) -> bool:
+    return way is not ANY and way.donated
+
+
+def _is_sharding_leaf(x: Any) -> bool:
+    return x is None or isinstance(x, (Rule, jax.sharding.Sharding, jax.sharding.PartitionSpec)) or is_root(x)
+
+
+def refuse_rules(mode: Mode, **prefixes: Any) -> None:
+    """Labels by filter need live objects.
+
+    Raises:
+        ArgumentError: a prefix holds some, and the mode is another one.
+    """
+    for name, prefix in prefixes.items():
+        for spec in jax.tree.leaves(prefix, is_leaf=lambda x: isinstance(x, Rules) or is_root(x)):
+            if isinstance(spec, Rules):
+                kind = type(spec).__name__
+                raise ArgumentError(
+                    f"`{name}` cannot contain `{kind}` objects when `graph=False` or `graph_updates=False`",
+                    fix=f"remove them (nnx.prefix builds prefixes for that mode), or use "
+                    f"nnx.{mode.name}(..., graph=True, graph_updates=True) or nnx.compat.{mode.name}",
+                )
+
+
+def jit(fun: Any = MISSING, *, in_shardings: Any = None, out_shardings: Any = None, static_argnums: int | Sequence[int] | None = None,
+        static_argnames: str | Sequence[str] | None = None, donate_argnums: int | Sequence[int] | None = None,
+        donate_argnames: str | Sequence[str] | None = None, keep_unused: bool = False, device: Any = None, backend: str | None = None,
+        inline: bool = False, graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
+    """`jax.jit` for functions of live objects: updates of their Variables, and of their structure, come back to the caller.
+
+    Args:
+        in_shardings, out_shardings: prefixes; `StateSharding` may stand for a module.
+        graph, graph_updates: see `set_graph_mode` and `set_graph_updates`.
+
+    Raises:
+        ArgumentError: `fun` is a bound method.
+        TraceContextError: `fun` writes an object that was not passed to it.
+    """
+    options: dict[str, Any] = {"keep_unused": keep_unused, "inline": inline}
+    if device is not None:
+        options["device"] = device
+    if backend is not None:
+        options["backend"] = backend
+    if fun is MISSING:
+        return functools.partial(jit, in_shardings=in_shardings, out_shardings=out_shardings, static_argnums=static_argnums,
+                                 static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames,
+                                 keep_unused=keep_unused, device=device, backend=backend, inline=inline, graph=graph,
+                                 graph_updates=graph_updates)  # fmt: skip
+    mode = Mode.of("jit", graph, graph_updates)
+    return JitWrapped(fun, mode, in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames, **options)
+
+
