@@ -76,7 +76,7 @@ class Module(Pytree):
         captured = self.__dict__.get(CAPTURES)
         if captured is not None:
             for box in captured:
-                if box.get_metadata("var_type") is kind:
+                if type(box) is kind:
                     return _record(box, name, value, reduce_fn, init_fn)
             return False
         if capturing.depth:
@@ -103,7 +103,7 @@ class Module(Pytree):
         captured = self.__dict__.get(CAPTURES)
         if captured is not None:
             for box in captured:
-                if box.get_metadata("var_type") is kind:
+                if type(box) is kind:
                     held = box.get_value()
                     if name not in held:
                         box.set_value({**held, name: jax.tree.map(jnp.zeros_like, value)})

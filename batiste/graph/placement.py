@@ -12,6 +12,7 @@ and `place` puts a value there. Inside a trace, where a value has no place yet, 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ShapeError
 from .jaxcompat import Tracer
 from .switch import Switch
 
@@ -190,10 +191,11 @@ def place(value: Any, metadata: Mapping[str, Any]) -> Any:
 
 def put(x: Any, sharding: Sharding) -> Any:
     """`x` under this sharding: moved if it is an array, constrained if it is traced, annotated if it is abstract."""
+    if isinstance(sharding, NamedSharding):
+        sharding = _fitted(sharding, jax.numpy.shape(x))
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(sharding=sharding)
-    mesh = getattr(sharding, "mesh", None)
-    if not isinstance(x, Tracer) and not isinstance(mesh, AbstractMesh):
+    if not isinstance(x, Tracer) and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         return jax.device_put(x, _settled(sharding, x))
     return constrain(x, sharding)
 
@@ -213,6 +215,26 @@ def constrain(x: Any, sharding: Sharding) -> Any:
         "Mesh must have all axes as Explicit or all axes as Auto", got=f"{sharding}",
         fix="use one axis type for the mesh, or create the Variable with eager_sharding=False",
     )  # fmt: skip
+
+
+def _fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding without entries for dims that the shape has not, where these say nothing.
+
+    Raises:
+        ShapeError: they say something, or a dim cannot be divided as it should.
+    """
+    spec, sizes = sharding.spec, sharding.mesh.shape
+    if any(entry is not None for entry in spec[len(shape) :]):
+        raise ShapeError(f"a value of rank {len(shape)} cannot be sharded as {spec}", got=f"shape {shape}",
+                         expected=f"at least {len(spec)} dims", fix="give out_sharding one entry per dim")  # fmt: skip
+    for dim, (size, axes) in enumerate(zip(shape, spec)):
+        parts = math.prod(sizes[a] for a in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(a, str))
+        if size % parts:
+            raise ShapeError(
+                f"the dimension size of dim {dim} is not divisible by the {parts} devices of mesh axis {axes!r}",
+                got=f"shape {shape}", expected=f"a multiple of {parts} at dim {dim}", fix="replicate the dim (None), or pad it",
+            )  # fmt: skip
+    return sharding if len(spec) <= len(shape) else NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(shape)]))
 
 
 def _settled(sharding: Sharding, x: Any) -> Sharding:
