@@ -134,11 +134,13 @@ def _is_spec(x: Any) -> bool:
 def sharded_struct(variable: Variable) -> Variable:
     """An abstract Variable with its sharding on its `ShapeDtypeStruct`s, where they have none and there is a mesh."""
     metadata = variable.get_metadata()
+    mesh = metadata.get("mesh")
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
 
     def annotate(x: Any) -> Any:
         if not isinstance(x, jax.ShapeDtypeStruct) or x.sharding is not None:
             return x
-        sharding = sharding_of(metadata)
+        sharding = sharding_of(metadata, mesh)
         return x if isinstance(sharding, NamedSharding) and sharding.mesh.empty else x.update(sharding=sharding)
 
     old = variable.get_raw_value()
