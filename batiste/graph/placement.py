@@ -232,7 +232,7 @@ def _fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
         if size % parts:
             raise ShapeError(
                 f"the dimension size of dim {dim} is not divisible by the {parts} devices of mesh axis {axes!r}",
-                got=f"shape {shape}", expected=f"a multiple of {parts} at dim {dim}", fix="write None for the dim, or pad it",
+                got=f"shape {shape}", expected=f"a multiple of {parts}", fix="write None for this dim, or pad it",
             )  # fmt: skip
     return sharding if len(spec) <= len(shape) else NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(shape)]))
 
