@@ -3,7 +3,7 @@
 
 A Variable's metadata may hold
 
-    out_sharding     a name, a tuple of names, or None per dim: `("embed", "mlp")`, a PartitionSpec, or a whole Sharding
+    out_sharding     a name, a tuple of names, or None per dim: `("embed", "mlp")`; or a PartitionSpec, Sharding, Format
     sharding_rules   pairs (name, mesh axis or axes), which say what the names mean; added to the rules in context
     mesh             the mesh that is meant; otherwise the one of `jax.set_mesh`
 
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from .errors import ArgumentError, ShapeError
@@ -27,6 +28,7 @@ from .switch import Switch
 
 Axes = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, Axes]]
+WHOLE = (Sharding, Format)
 
 
 class use_eager_sharding(Switch, flag="flax_always_shard_variable"):
@@ -105,6 +107,8 @@ def spec_of(names: Any, rules: Rules | None = None) -> PartitionSpec:
     >>> spec_of(("embed", ("mlp", "heads")), rules=(("embed", None), ("mlp", "model")))
     P(None, ('model', 'heads'))
     """
+    if isinstance(names, Format):
+        names = names.sharding
     if isinstance(names, NamedSharding):
         return names.spec
     if names is None:
@@ -137,14 +141,14 @@ def current_mesh() -> Mesh | AbstractMesh:
     return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
-def sharding_of(metadata: Mapping[str, Any], mesh: Mesh | AbstractMesh | None = None) -> Sharding:
+def sharding_of(metadata: Mapping[str, Any], mesh: Mesh | AbstractMesh | None = None) -> Sharding | Format:
     """The Sharding that a Variable's metadata ask for, on `mesh`, the metadata's own mesh, or the one in context.
 
     Raises:
         ArgumentError: there is no mesh, or it lacks an axis.
     """
     names = metadata.get("out_sharding")
-    if isinstance(names, Sharding):
+    if isinstance(names, WHOLE):
         return names
     spec = spec_of(names, metadata.get("sharding_rules"))
     if mesh is None:
@@ -183,38 +187,38 @@ def place(value: Any, metadata: Mapping[str, Any]) -> Any:
         ArgumentError: there is no mesh, or it lacks an axis.
     """
     names = metadata.get("out_sharding")
-    if not isinstance(names, Sharding) and not names:
+    if not isinstance(names, WHOLE) and not names:
         return value
     sharding = sharding_of(metadata)
     return jax.tree.map(lambda leaf: put(leaf, sharding), value)
 
 
-def put(x: Any, sharding: Sharding) -> Any:
+def put(x: Any, sharding: Sharding | Format) -> Any:
     """`x` under this sharding: moved if it is an array, constrained if it is traced, annotated if it is abstract."""
-    if isinstance(sharding, NamedSharding):
-        sharding = _fitted(sharding, jax.numpy.shape(x))
+    if not isinstance(sharding, NamedSharding):
+        return jax.lax.with_sharding_constraint(x, sharding) if isinstance(x, Tracer) else jax.device_put(x, sharding)
+    sharding = _fitted(sharding, jax.numpy.shape(x))
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(sharding=sharding)
-    if not isinstance(x, Tracer) and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        return jax.device_put(x, _settled(sharding, x))
-    return constrain(x, sharding)
+    explicit = _is_explicit(sharding.mesh)
+    if not isinstance(x, Tracer) and not isinstance(sharding.mesh, AbstractMesh):
+        return jax.device_put(x, _settled(sharding, jax.numpy.ndim(x), explicit))
+    return jax.sharding.reshard(x, sharding) if explicit else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def constrain(x: Any, sharding: Sharding) -> Any:
-    """`x` with its place fixed inside a traced program: resharded on explicit mesh axes, constrained on automatic ones.
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether shardings are a part of the types on this mesh, or left to the compiler.
 
     Raises:
         ArgumentError: the mesh has axes of several types, or manual ones.
     """
-    kinds = set(sharding.mesh.axis_types) if isinstance(sharding, NamedSharding) else {AxisType.Auto}
-    if kinds <= {AxisType.Auto}:
-        return jax.lax.with_sharding_constraint(x, sharding)
-    if kinds == {AxisType.Explicit}:
-        return jax.sharding.reshard(x, sharding)
-    raise ArgumentError(
-        "Mesh must have all axes as Explicit or all axes as Auto", got=f"{sharding}",
-        fix="use one axis type for the mesh, or create the Variable with eager_sharding=False",
-    )  # fmt: skip
+    kinds = set(mesh.axis_types)
+    if len(kinds) != 1 or not kinds <= {AxisType.Auto, AxisType.Explicit}:
+        raise ArgumentError(
+            "Mesh must have all axes as Explicit or all axes as Auto", got=f"axis_types={mesh.axis_types}",
+            fix="make the mesh with one axis type, or the Variable with eager_sharding=False",
+        )  # fmt: skip
+    return kinds == {AxisType.Explicit}
 
 
 def _fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
@@ -237,11 +241,9 @@ def _fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     return sharding if len(spec) <= len(shape) else NamedSharding(sharding.mesh, PartitionSpec(*spec[: len(shape)]))
 
 
-def _settled(sharding: Sharding, x: Any) -> Sharding:
+def _settled(sharding: NamedSharding, ndim: int, explicit: bool) -> NamedSharding:
     """A sharding that an array can be moved to: nothing left open, and on explicit axes one entry per dim."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
     spec = [None if entry is PartitionSpec.UNCONSTRAINED else entry for entry in sharding.spec]
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        spec += [None] * (jax.numpy.ndim(x) - len(spec))
+    if explicit:
+        spec += [None] * (ndim - len(spec))
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))

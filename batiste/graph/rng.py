@@ -188,14 +188,17 @@ class RngStream(Draws, Pytree):
         self.count = RngCount(jnp.zeros(key.shape, jnp.uint32), tag=tag)
 
     def __call__(self) -> jax.Array:
-        key, count = self.key.get_value(), self.count.get_value()
+        counter = self.count
+        if not (counter.ref or counter.hijax):
+            counter._check_can_update()  # before the draw: a key of another trace level cannot even be read
+        key, count = self.key.get_value(), counter.get_value()
         if key.shape:
             raise RngError(
                 f"fold_in accepts a single key: stream {self.tag!r} was split", got=f"keys of shape {key.shape}",
                 expected="shape ()", fix="map over the stream with vmap or scan, or restore it with restore_rngs",
             )  # fmt: skip
         key, count = _advance(key, count)
-        self.count.set_value(count)
+        counter.set_value(count)
         return key
 
     def split(self, k: Shape) -> RngStream:

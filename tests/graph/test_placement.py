@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,11 +106,21 @@ def test_a_whole_sharding_needs_no_mesh():
     assert place(jnp.ones((8, 8)), {"out_sharding": sharding}).sharding == sharding
 
 
-def test_a_mesh_of_mixed_axes_takes_arrays_but_no_traced_ones():
-    with jax.set_mesh(mesh_of(AUTO, EXPLICIT)) as _:
-        assert place(jnp.ones((8, 8)), {"out_sharding": ("a", "b")}).sharding.spec == P("a", "b")
-        with pytest.raises(ArgumentError, match="all axes as Explicit or all axes as Auto"):
-            jax.jit(lambda: place(jnp.ones((8, 8)), {"out_sharding": ("a", "b")}))()
+def test_a_layout_can_come_with_the_sharding():
+    metadata = {"out_sharding": Format(Layout((1, 0)), NamedSharding(mesh_of(AUTO), P("a")))}
+    assert place(jnp.ones((8, 8)), metadata).format.layout.major_to_minor == (1, 0)
+    assert jax.jit(lambda: place(jnp.ones((8, 8)), metadata))().sharding.spec == P("a")
+    assert spec_of(metadata["out_sharding"]) == P("a")
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_mesh_of_mixed_axes(traced):
+    make = lambda: place(jnp.ones((8, 8)), {"out_sharding": ("a", "b")})
+    with (
+        jax.set_mesh(mesh_of(AUTO, EXPLICIT)),
+        pytest.raises(ArgumentError, match="all axes as Explicit or all axes as Auto"),
+    ):
+        jax.jit(make)() if traced else make()
 
 
 # ---------------------------------------------------------------- names
