@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
+from typing import Any
 
 from batiste.version import __version__
 
@@ -23,7 +23,9 @@ def _parts() -> frozenset[str]:
     return frozenset(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "config":
+        return importlib.import_module("batiste.graph.config").config
     if name.startswith("_") or name not in _parts():
         raise AttributeError(f"module 'batiste' has no attribute {name!r}")
     return importlib.import_module(f"batiste.{name}")

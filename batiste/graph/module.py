@@ -81,18 +81,23 @@ class Module(Pytree):
             return False
         if capturing.depth:
             return False
+        old = self._recorded(name, kind)
         warnings.warn("Using 'Module.sow()' outside of 'nnx.capture()' is deprecated: its values then stay in attributes of "
                       "the module.", DeprecationWarning, stacklevel=2)  # fmt: skip
-        if hasattr(self, name):
-            old = getattr(self, name)
-            if not isinstance(old, Variable):
-                raise ValueError(f"Expected '{name}' to be a Variable, got {type(old).__name__}")
-            if type(old) is not kind:
-                raise ValueError(f"Expected '{name}' to be of type '{kind.__name__}', got '{type(old).__name__}'")
+        if old is not None:
             old.set_value(reduce_fn(old.get_value(), value))
         else:
             setattr(self, name, kind(reduce_fn(init_fn(), value)))
         return True
+
+    def _recorded(self, name: str, kind: type[Variable]) -> Variable | None:
+        """The Variable that `sow` and `perturb` have left under a name."""
+        old = getattr(self, name, None)
+        if old is not None and not isinstance(old, Variable):
+            raise ValueError(f"Expected '{name}' to be a Variable, got {type(old).__name__}")
+        if old is not None and type(old) is not kind:
+            raise ValueError(f"Expected '{name}' to be of type '{kind.__name__}', got '{type(old).__name__}'")
+        return old
 
     def perturb(self, name: str, value: Any, variable_type: str | type[Variable] = Perturbation):
         """`value + p`, where `p` is a zero of the same shape: its gradient is the gradient of the intermediate.
@@ -111,13 +116,12 @@ class Module(Pytree):
             return value
         if capturing.depth:
             return value
+        old = self._recorded(name, kind)
         warnings.warn("Using 'Module.perturb()' outside of 'nnx.capture()' is deprecated: the perturbation then stays in an "
                       "attribute of the module.", DeprecationWarning, stacklevel=2)  # fmt: skip
-        if not hasattr(self, name):
-            setattr(self, name, kind(jax.tree.map(jnp.zeros_like, value)))
-        old = getattr(self, name)
-        if not isinstance(old, Variable) or type(old) is not kind:
-            raise ValueError(f"Expected '{name}' to be of type '{kind.__name__}', got '{type(old).__name__}'")
+        if old is None:
+            old = kind(jax.tree.map(jnp.zeros_like, value))
+            setattr(self, name, old)
         return jax.tree.map(operator.add, old.get_value(), value)
 
     def iter_modules(self) -> Iterator[tuple[tuple, Module]]:

@@ -84,7 +84,7 @@ else:
             self.mark, self.word = mark, word
 
         def __getitem__(self, item):
-            warnings.warn(f"'{self.word}[...]' annotations are deprecated. Use 'x: T = {self.word.lower()}()' instead.",
+            warnings.warn(f"'{self.word}' is deprecated, please replace `x: {self.word}[T]` with `x: T = {self.word.lower()}()`.",
                           DeprecationWarning, stacklevel=2)  # fmt: skip
             return typing.Annotated[item, self.mark]
 
@@ -196,12 +196,13 @@ class Pytree(metaclass=PytreeMeta):
             return
         nodes, attributes = self._pytree__nodes, self.__dict__
         explicit: bool | None = None
+        wrapped = False
         if type(value) is dataclasses.Field and "nnx_value" in value.metadata and value.metadata["nnx_value"] is not MISSING:
-            explicit, value = not value.metadata["static"], value.metadata["nnx_value"]
+            explicit, value, wrapped = not value.metadata["static"], value.metadata["nnx_value"], True
         elif name in cls._pytree__declared and name not in nodes:
             explicit = cls._pytree__declared[name]
         if cls._pytree__is_pytree:
-            status = self._status(name, value, explicit)
+            status = self._status(name, value, explicit, wrapped)
         else:
             status = nodes.get(name, True) if explicit is None else explicit
         if self._planned and not (nodes.get(name) == status and _same_place(attributes.get(name, MISSING), value)):
@@ -209,10 +210,13 @@ class Pytree(metaclass=PytreeMeta):
         nodes[name] = status
         attributes[name] = value
 
-    def _status(self, name: str, value: Any, explicit: bool | None) -> bool:
+    def _status(self, name: str, value: Any, explicit: bool | None, wrapped: bool) -> bool:
         """Whether the attribute is data from now on."""
         if explicit is not None:
-            if not explicit:
+            if not explicit and wrapped and (is_data(value) or (type(value) not in _SCALARS and has_data(value))):
+                raise ValueError(f"Found data in value of type '{type(value)}' annotated with nnx.static(...) when setting "
+                                 f"attribute '{name}' of Pytree type '{type(self)}'.")  # fmt: skip
+            if not explicit and not is_data(value):  # a bare array is found at the end of __init__
                 self._refuse_hidden_data(name, value)
             return explicit
         known, is_data_now = self._pytree__nodes.get(name), is_data(value)
@@ -229,9 +233,7 @@ class Pytree(metaclass=PytreeMeta):
     def _refuse_hidden_data(self, name: str, value: Any) -> None:
         if type(value) in _SCALARS:
             return
-        if is_data(value):
-            found = [value]
-        elif not (found := has_data(value)):
+        if not (found := has_data(value)):
             return
         raise ValueError(
             f"Found data on value of type '{type(value)}' assigned to static attribute '{name}' of Pytree type '{type(self)}'. "

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from .modes import graph_mode
 from .pytree import Pytree
 from .state import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
 from .variable import Variable
+from .walk import iter_graph
 
 A = TypeVar("A")
 M = TypeVar("M")
@@ -300,8 +302,14 @@ def _merge_graph_states(first: GraphState, *others: GraphState):
 
 
 def deep_copy(node: Pytree, memo: dict[int, Any]) -> Pytree:
-    """`copy.deepcopy` of a graph object: sharing stays sharing, settings such as functions are not copied."""
-    return clone(node, arrays=True, graph=True)
+    """`copy.deepcopy` of a graph object: sharing stays sharing, functions are not copied."""
+    new = clone(node, arrays=True, graph=True)
+    for _, x in iter_graph(new, graph=True):
+        if isinstance(x, Pytree):
+            for name, value in x.__dict__.items():
+                if type(value) in (list, dict, set) and not x._pytree__nodes.get(name):
+                    x.__dict__[name] = copy.deepcopy(value, memo)
+    return new
 
 
 Pytree.__deepcopy__ = deep_copy  # type: ignore[attr-defined]  # here, since it needs the traversal
