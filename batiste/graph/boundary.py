@@ -26,6 +26,7 @@ from .flatten import LEAF, UNCHANGED, VARIABLE, Flat, Path, _Build, _Walk, dupli
 from .jaxcompat import is_ref, key_name
 from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
+from .state import State, create_path_filters
 from .variable import Variable, frozen_metadata, structure_changed
 
 
@@ -81,6 +82,8 @@ class Rules(Rule):
     """
 
     def __init__(self, pairs: dict[Any, Any] | Iterable[tuple[Any, Any]]):
+        if isinstance(pairs, State):  # a State of labels: each speaks of its own path
+            pairs = create_path_filters(pairs)
         pairs = list(pairs.items() if hasattr(pairs, "items") else pairs)  # type: ignore[union-attr]
         self.filters = tuple(f for f, _ in pairs)
         self.labels = tuple(label for _, label in pairs)
@@ -280,6 +283,8 @@ class Crossing:
             at = positions.get(path) if n < behind else None
             if isinstance(x, Variable) and id(x) in known:
                 sources.append(KEPT)
+            elif is_ref(x) and (came := next((i for i, b in enumerate(before) if b is x), None)) is not None:
+                sources.append(came)
             elif at is not None and before[at] is x and not (self.keep and self.keep(label)):
                 sources.append(at)
             else:

@@ -80,6 +80,10 @@ class Config:
         finally:
             self.update(name, before)
 
+    def _read(self, name: str) -> Any:
+        """The value of a flag that is given by name."""
+        return getattr(self, name)
+
     def __repr__(self) -> str:
         values = ", ".join(f"\n  {name}={value!r}" for name, value in self.__dict__.items())
         return f"Config({values}\n)"

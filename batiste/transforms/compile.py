@@ -148,8 +148,7 @@ class JitWrapped:
         self.fun, self.mode, self.options = fun, mode, options
         self.in_shardings, self.out_shardings = in_shardings, out_shardings
         self.arguments = Arguments(fun, static_argnums, static_argnames, donate_argnums, donate_argnames)
-        if not mode.live:
-            refuse_rules(mode, in_shardings=in_shardings, out_shardings=out_shardings)
+        refuse_rules(mode, in_shardings=in_shardings, out_shardings=out_shardings)
         self.out_labels = jax.tree.map(lambda s: _way(s, False), out_shardings, is_leaf=_is_sharding_leaf)
         if out_shardings is None:
             self.out_labels = ANY
@@ -206,7 +205,7 @@ class JitWrapped:
         for name in sorted(kwargs):
             count = len(jax.tree.leaves(kwargs[name], is_leaf=is_root))
             ways += [Way(None, name in self.arguments.donated_names)] * count
-        boundary = Boundary(self.arguments.join(self.fun, static), self.mode, self.out_labels, keep=_is_donated)
+        boundary = Boundary(self.arguments.join(self.fun, static), self.mode, self.out_labels, keep=_comes_back)
         groups = boundary.enter((args, kwargs), specs=ways, labels=(Way(None, False),))
         return boundary, groups
 
@@ -293,8 +292,9 @@ class Stage:
         return f"<{type(self._stage).__name__} of {self._owner.fun!r}>"
 
 
-def _is_donated(way: Any) -> bool:
-    return way is not ANY and way.donated
+def _comes_back(way: Any) -> bool:
+    """A donated buffer is gone, and a value that is sharded here stays where it was put: both come back unchanged or not."""
+    return way is not ANY and (way.donated or way.sharding is not None)
 
 
 def _is_sharding_leaf(x: Any) -> bool:
@@ -302,14 +302,20 @@ def _is_sharding_leaf(x: Any) -> bool:
 
 
 def refuse_rules(mode: Mode, **prefixes: Any) -> None:
-    """Labels by filter need live objects.
+    """Labels by filter need live objects, and labels in the shape of an object need trees.
 
     Raises:
-        ArgumentError: a prefix holds some, and the mode is another one.
+        ArgumentError: a prefix holds what the mode cannot take.
     """
     for name, prefix in prefixes.items():
         for spec in jax.tree.leaves(prefix, is_leaf=lambda x: isinstance(x, Rules) or is_root(x)):
-            if isinstance(spec, Rules):
+            if is_root(spec) and mode.live:
+                raise ArgumentError(
+                    f"Found a graph node of type {type(spec).__name__} in `{name}` for nnx.{mode.name}: graph nodes are not "
+                    "allowed as prefixes when `graph=True` and `graph_updates=True`",
+                    fix=f"use StateAxes, StateSharding or DiffState there, or nnx.{mode.name}(..., graph_updates=False)",
+                )
+            if isinstance(spec, Rules) and not mode.live:
                 kind = type(spec).__name__
                 raise ArgumentError(
                     f"`{name}` cannot contain `{kind}` objects when `graph=False` or `graph_updates=False`",

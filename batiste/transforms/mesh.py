@@ -33,8 +33,7 @@ def shard_map(f: Any = MISSING, *, mesh: Any, in_specs: Any, out_specs: Any, axi
                                  check_vma=check_vma, graph=graph, graph_updates=graph_updates)  # fmt: skip
     mode = Mode.of("shard_map", graph, graph_updates)
     refuse_bound_method(f, mode.name)
-    if not mode.live:
-        refuse_rules(mode, in_specs=in_specs, out_specs=out_specs)
+    refuse_rules(mode, in_specs=in_specs, out_specs=out_specs)
     return _Sharded(f, mode, in_specs, out_specs, dict(mesh=mesh, axis_names=set(axis_names), check_vma=check_vma))
 
 
@@ -46,7 +45,7 @@ class _Sharded:
         self.f, self.mode, self.in_specs, self.out_specs, self.options = f, mode, in_specs, out_specs, options
 
     def __call__(self, *args: Any) -> Any:
-        boundary = Boundary(self.f, self.mode, self.out_specs)
+        boundary = Boundary(self.f, self.mode, self.out_specs, keep=lambda spec: spec is not None)
         groups = boundary.enter(args, self.in_specs, "in_specs")
         specs = tuple(PartitionSpec() if label is None else label for label in boundary.labels)
         run = jax.shard_map(lambda *groups: boundary.run(groups), in_specs=specs, out_specs=specs, **self.options)
