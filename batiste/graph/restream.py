@@ -174,7 +174,10 @@ def with_rngs(node: Any = MISSING, /, *, split: Mapping[Filter, Shape] | Shape |
         if not selects(path, stream):
             return None
         found = [(name, f, change) for name, f, matches, change in rules if matches(path, stream)]
-        by_name = {name: f for name, f, _ in found[::-1] if f is not ... and f is not True}
+        by_name: dict[str, Filter] = {}
+        for name, f, _ in found:
+            if f is not ... and f is not True:
+                by_name.setdefault(name, f)
         if len(by_name) > 1:
             raise ArgumentError(
                 f"RngStream at path {path} matches multiple rules: "

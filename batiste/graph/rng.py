@@ -154,15 +154,15 @@ def as_key(value: Any) -> jax.Array:
             return value
         if value.dtype == jnp.uint32 and value.ndim:
             return jax.random.wrap_key_data(value)
-    if isinstance(value, (Rngs, RngStream)):
+    got = type(value).__name__ if isinstance(value, (Pytree, Variable)) else repr(value)
+    if isinstance(value, Pytree):
         fix = "pass the Rngs itself to the layers, or rngs.fork() for streams of their own"
     elif isinstance(value, Variable):
         fix = "pass the key in it: variable.get_value()"
     else:
         fix = "pass a Python int, or jax.random.key(seed)"
-    raise RngError(
-        f"Invalid rng value: {value}", expected="an int or a jax.Array of jax.dtypes.prng_key sub-dtype", fix=fix
-    )
+    expected = "an int or a jax.Array of jax.dtypes.prng_key sub-dtype"
+    raise RngError("Invalid rng value", got=got, expected=expected, fix=fix)
 
 
 def as_shape(k: Any) -> tuple[int, ...]:
