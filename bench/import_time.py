@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long does `import batiste.nnx` take beside `import jax`, and which packages does it load?
+
+Each import runs in a fresh process; the rounds interleave the contenders, and the figures above `import jax` are medians
+of the differences within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+
+from measure import machine, print_table
+
+BASE = "jax"
+IMPORTS = (BASE, "batiste.nnx", "flax.nnx", "equinox")
+
+PROBE = """
+import time
+cpu, wall = time.process_time(), time.perf_counter()
+import {module}
+cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+import json, sys
+names = {{name.partition(".")[0] for name in sys.modules}}
+third = sorted(n for n in names - sys.stdlib_module_names if getattr(sys.modules.get(n), "__file__", None))
+print(json.dumps(dict(cpu=cpu, wall=wall, modules=len(sys.modules), packages=third)))
+"""
+
+
+def probe(module: str) -> dict:
+    """Seconds of CPU and of wall that `import module` takes in a new process, and the packages loaded by it."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, "-c", PROBE.format(module=module)], capture_output=True, text=True, env=env)
+    if out.returncode:
+        raise SystemExit(f"import {module} failed:\n{out.stderr}")
+    return json.loads(out.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="fresh processes per contender (default: 15)")
+    parser.add_argument("--json", action="store_true", help="one JSON line with everything at the end")
+    args = parser.parse_args()
+    print(machine())
+
+    names = [name for name in IMPORTS if find_spec(name.partition(".")[0])]
+    for name in names:  # the first reads the files from disk and writes byte code
+        probe(name)
+    rounds = [{name: probe(name) for name in names} for _ in range(args.rounds)]
+
+    rows, found = [], {}
+    for name in names:
+        above = {key: statistics.median(r[name][key] - r[BASE][key] for r in rounds) * 1e3 for key in ("cpu", "wall")}
+        whole = {key: statistics.median(r[name][key] for r in rounds) * 1e3 for key in ("cpu", "wall")}
+        last = rounds[-1][name]
+        extra = sorted(set(last["packages"]) - set(rounds[-1][BASE]["packages"]) - {name.partition(".")[0]})
+        found[name] = {"ms": whole, "above_jax_ms": above, "modules": last["modules"], "packages": extra}
+        figures = [f"{v:,.0f}" for v in (whole["cpu"], above["cpu"], whole["wall"], above["wall"], last["modules"])]
+        rows.append([name, *figures, " ".join(extra) or "-"])
+    print_table(
+        f"import in a fresh process, median of {args.rounds} rounds",
+        ["", "CPU ms", "above jax", "wall ms", "above jax", "modules", "packages that jax does not load"],
+        rows,
+    )
+    if args.json:
+        print(json.dumps({"machine": machine(), "imports": found}))
+
+
+if __name__ == "__main__":
+    main()
