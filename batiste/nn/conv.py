@@ -105,8 +105,8 @@ def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
 class Conv(Module):
     """y[*batch, *out, features] = x[*batch, *spatial, in] * kernel[*kernel_size, in, features] + bias[features]
 
-    `*` is the cross-correlation that is called convolution in neural networks: the kernel is not flipped. With groups its
-    shape is [*kernel_size, in // groups, features].
+    `*` is the cross-correlation that is called convolution in neural networks: the kernel is not flipped. With groups
+    its shape is [*kernel_size, in // groups, features].
 
     Args:
         kernel_size: one size per spatial dim; a number stands for one dim.
@@ -252,7 +252,8 @@ class ConvTranspose(Module):
             pairs, which are the padding of the spread-out input.
         mask: of the kernel's shape, multiplied into it at each call.
         transpose_kernel: flip the kernel's spatial dims and give it the shape [*kernel_size, features, in], so that
-            the layer is the gradient of the `Conv` that has the same kernel.
+            the layer is the gradient of the `Conv` that has the same kernel (under "CIRCULAR" for odd sizes and
+            strides of 1 or 2, else rolled by up to half a stride).
 
     Raises:
         ArgumentError: an unknown padding, a stride per dim too many or too few.
