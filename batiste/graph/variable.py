@@ -9,10 +9,10 @@ one *kind*.
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import math
 import operator
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from .config import config
+from .backing import current_defaults
 from .errors import StructureError, TraceContextError
 from .jaxcompat import Tracer, current_trace, is_ref
 from .placement import place, using_eager_sharding
@@ -95,35 +95,6 @@ def _run_hooks(hooks, variable, value):
     return value
 
 
-class Defaults(threading.local):
-    """The defaults of `hijax=` and `ref=` of new Variables, a stack per thread."""
-
-    def __init__(self):
-        self.stack: list[VarDefaults] = []
-
-
-class VarDefaults(dict):
-    """The current defaults of new Variables: a mapping with the keys `hijax` and `ref`, also attributes."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __repr__(self):
-        return f"VarDefaults({', '.join(f'{k}={v}' for k, v in self.items())})"
-
-
-_defaults = Defaults()
-
-
-def current_defaults() -> VarDefaults:
-    if _defaults.stack:
-        return _defaults.stack[-1]
-    return VarDefaults(hijax=config.flax_hijax_variable, ref=False)
-
-
 # ---------------------------------------------------------------- the Variable
 
 
@@ -147,9 +118,7 @@ def hijax_forms():
     """The module of hijax Variables, loaded the first time one is wanted."""
     global _hijax
     if _hijax is None:
-        from . import hijax  # the one import that waits: it pulls in experimental parts of JAX
-
-        _hijax = hijax
+        _hijax = importlib.import_module(".hijax", __package__)  # it rests on experimental parts of JAX
     return _hijax
 
 
@@ -192,8 +161,8 @@ class Variable(Generic[A], metaclass=VariableMeta):
                                  fix="pass an array and ref=True")  # fmt: skip
         defaults = current_defaults()
         hijax = metadata.pop("hijax", None) if hijax is None else hijax
-        metadata["hijax"] = defaults["hijax"] if hijax is None else hijax
-        metadata["ref"] = defaults["ref"] if ref is None else ref
+        metadata["hijax"] = defaults.hijax if hijax is None else hijax
+        metadata["ref"] = defaults.ref if ref is None else ref
         metadata["eager_sharding"] = using_eager_sharding() if eager_sharding is None else eager_sharding
         cls = type(self)
         hooks = _hooks_of.get(cls)
