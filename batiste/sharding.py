@@ -103,7 +103,8 @@ def get_partition_spec(tree: A) -> A:
     """The tree with a PartitionSpec in the place of every Variable's value and every array, and None for other leaves.
 
     >>> from batiste.graph import Param
-    >>> get_partition_spec(Param(jax.numpy.ones((2, 3)), out_sharding=(None, "mlp"), eager_sharding=False))[...]
+    >>> kernel = Param(jax.numpy.ones((2, 3)), out_sharding=(None, "mlp"), eager_sharding=False)
+    >>> get_partition_spec(kernel).get_value()
     P(None, 'mlp')
     """
     return jax.tree.map(_spec, tree, is_leaf=_is_variable)
