@@ -102,10 +102,7 @@ class VariableMeta(type):
     """Makes `Param(..., hijax=True)` return its hijax form, which `isinstance(x, Param)` recognises."""
 
     def __call__(cls, *args, **kwargs):
-        variable = super().__call__(*args, **kwargs)
-        if variable._var_metadata["hijax"]:
-            return hijax_forms().from_variable(variable)
-        return variable
+        return super().__call__(*args, **kwargs)._in_its_form()
 
     def __instancecheck__(cls, x):
         return type.__instancecheck__(cls, x) or (_hijax is not None and _hijax.is_instance(x, cls))
@@ -183,8 +180,8 @@ class Variable(Generic[A], metaclass=VariableMeta):
         value = self.create_value(value)
         if metadata["eager_sharding"] and metadata.get("out_sharding") is not None:
             value = place(value, metadata)
-        if metadata["ref"] and not metadata["hijax"]:
-            value = jax.tree.map(lambda x: x if is_ref(x) else jax.new_ref(jnp.asarray(x)), value)
+        if metadata["ref"]:
+            value = jax.tree.map(_as_ref, value)
         slot(self, "_raw_value", value)
 
     # ------------------------------------------------------------ reading and writing
@@ -383,12 +380,14 @@ class Variable(Generic[A], metaclass=VariableMeta):
     def from_metadata(cls, value: A, attributes: dict[str, Any]) -> Variable[A]:
         """A Variable with exactly these metadata, which must hold the required ones."""
         metadata = dict(attributes)
-        hijax, ref = metadata["hijax"], metadata["ref"]
         metadata.setdefault("eager_sharding", using_eager_sharding())
-        if ref and not hijax and not is_ref(value):
-            value = jax.new_ref(jnp.asarray(value))
-        variable = cls._new(value, metadata)
-        return hijax_forms().from_variable(variable) if hijax else variable
+        if metadata["ref"] and not metadata["hijax"]:
+            value = _as_ref(value)
+        return cls._new(value, metadata)._in_its_form()
+
+    def _in_its_form(self) -> Variable:
+        """The Variable itself, or a box with it where its metadata ask for one."""
+        return hijax_forms().from_variable(self) if self._var_metadata["hijax"] else self
 
     def replace(self, value: Any = MISSING, *, _copy_ref: bool = True, **updates: Any) -> Variable:
         """A new Variable of this type with another value and changed metadata."""
@@ -397,9 +396,11 @@ class Variable(Generic[A], metaclass=VariableMeta):
             if _copy_ref and is_ref(value):
                 value = jax.new_ref(value[...])
         metadata = {**self._var_metadata, **updates}
-        if metadata["ref"] and not metadata["hijax"] and _is_arraylike(value) and not is_ref(value):
-            value = jax.new_ref(jnp.asarray(value))
-        return self._new(value, metadata)
+        if metadata["ref"] and _is_arraylike(value):
+            value = _as_ref(value)
+        elif not metadata["ref"] and is_ref(value):
+            value = value[...]
+        return self._new(value, metadata)._in_its_form()
 
     copy = to_state = replace
 
@@ -409,15 +410,15 @@ class Variable(Generic[A], metaclass=VariableMeta):
         Raises:
             StructureError: `other` is of another type.
         """
-        if type(self) is not type(other):
-            raise StructureError("Cannot copy from incompatible container", got=type(other).__name__,
+        if type(self) is not other.type:
+            raise StructureError("Cannot copy from incompatible container", got=other.type.__name__,
                                  expected=type(self).__name__)  # fmt: skip
         if self is not other:
             self.update_from_state(other)
 
     def update_from_state(self, variable_state: Variable[A]) -> None:
         """Takes over the value, and the metadata where they differ."""
-        value = variable_state._raw_value
+        value = variable_state.get_raw_value()
         if is_ref(self._raw_value) and value is not self._raw_value:
             self._raw_value[...] = value[...] if is_ref(value) else value
         else:
@@ -425,6 +426,12 @@ class Variable(Generic[A], metaclass=VariableMeta):
         if variable_state._var_metadata != self._var_metadata:
             kept = {k: self._var_metadata[k] for k in REQUIRED if k in self._var_metadata}
             self._set_metadata({**variable_state._var_metadata, **kept})
+
+    def __copy__(self) -> Variable:
+        return self._new(self._raw_value, dict(self._var_metadata))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
+        return self._new(copy.deepcopy(self._raw_value, memo), copy.deepcopy(self._var_metadata, memo))
 
     def __getstate__(self):
         return {"_raw_value": self._raw_value, "_var_metadata": self._var_metadata}
@@ -513,6 +520,10 @@ def _same_type(old, new) -> bool:
 
 def _is_arraylike(x) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _as_ref(x):
+    return x if is_ref(x) else jax.new_ref(jnp.asarray(x))
 
 
 def _as_tuple(hooks) -> tuple:
@@ -614,11 +625,14 @@ def _flatten_with_keys(variable: Variable):
 def _register_pytree(cls: type) -> None:
     def unflatten(frozen: Frozen, children):
         variable = cls._new(children[0], dict(frozen.items), frozen)
-        if isinstance(children[0], Tracer):
+        if variable._trace_state != _AT_REST:  # inside some transform: a copy, whose updates may be lost
             object.__setattr__(variable, "_home", Home(cls.__name__))
         return variable
 
     jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, unflatten, _flatten)
+
+
+_AT_REST = current_trace()
 
 
 class Home:
