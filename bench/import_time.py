@@ -18,12 +18,19 @@ from importlib.util import find_spec
 from measure import machine, print_table
 
 BASE = "jax"
-IMPORTS = (BASE, "batiste.nnx", "flax.nnx", "equinox")
+EVERY_NAME = "batiste.nnx, every name"
+PROGRAMS = {
+    BASE: "import jax",
+    "batiste.nnx": "import batiste.nnx",
+    EVERY_NAME: "import batiste.nnx as nnx; [getattr(nnx, name) for name in dir(nnx)]",
+    "flax.nnx": "import flax.nnx",
+    "equinox": "import equinox",
+}
 
 PROBE = """
 import time
 cpu, wall = time.process_time(), time.perf_counter()
-import {module}
+{program}
 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
 import json, sys
 names = {{name.partition(".")[0] for name in sys.modules}}
@@ -32,13 +39,18 @@ print(json.dumps(dict(cpu=cpu, wall=wall, modules=len(sys.modules), packages=thi
 """
 
 
-def probe(module: str) -> dict:
-    """Seconds of CPU and of wall that `import module` takes in a new process, and the packages loaded by it."""
+def probe(name: str) -> dict:
+    """Seconds of CPU and of wall that the program takes in a new process, and the packages loaded by it."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    out = subprocess.run([sys.executable, "-c", PROBE.format(module=module)], capture_output=True, text=True, env=env)
+    out = subprocess.run([sys.executable, "-c", PROBE.format(program=PROGRAMS[name])], capture_output=True, text=True, env=env)
     if out.returncode:
-        raise SystemExit(f"import {module} failed:\n{out.stderr}")
+        raise SystemExit(f"{PROGRAMS[name]} failed:\n{out.stderr}")
     return json.loads(out.stdout)
+
+
+def top(name: str) -> str:
+    """The package that a module or a contender belongs to."""
+    return name.partition(",")[0].partition(".")[0]
 
 
 def main() -> None:
@@ -48,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     print(machine())
 
-    names = [name for name in IMPORTS if find_spec(name.partition(".")[0])]
+    names = [name for name in PROGRAMS if find_spec(top(name))]
     for name in names:  # the first reads the files from disk and writes byte code
         probe(name)
     rounds = [{name: probe(name) for name in names} for _ in range(args.rounds)]
@@ -58,7 +70,7 @@ def main() -> None:
         above = {key: statistics.median(r[name][key] - r[BASE][key] for r in rounds) * 1e3 for key in ("cpu", "wall")}
         whole = {key: statistics.median(r[name][key] for r in rounds) * 1e3 for key in ("cpu", "wall")}
         last = rounds[-1][name]
-        extra = sorted(set(last["packages"]) - set(rounds[-1][BASE]["packages"]) - {name.partition(".")[0]})
+        extra = sorted(set(last["packages"]) - set(rounds[-1][BASE]["packages"]) - {top(name)})
         found[name] = {"ms": whole, "above_jax_ms": above, "modules": last["modules"], "packages": extra}
         figures = [f"{v:,.0f}" for v in (whole["cpu"], above["cpu"], whole["wall"], above["wall"], last["modules"])]
         rows.append([name, *figures, " ".join(extra) or "-"])

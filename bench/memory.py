@@ -21,6 +21,9 @@ from measure import machine, print_table
 from batiste import nnx
 
 
+ADAM = optax.adam(1e-3)  # one object: another would be another static setting, and so another program
+
+
 class Net(nnx.Module):
     """A model whose arrays are large enough to be seen in the figures when they stay behind."""
 
@@ -49,7 +52,7 @@ def resident() -> float:
 
 def build(width: int) -> tuple[Net, Any, jax.Array]:
     model = Net(width, nnx.Rngs(0))
-    return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param), jnp.ones((4, width))
+    return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param), jnp.ones((4, width))
 
 
 def census() -> dict[str, float]:
