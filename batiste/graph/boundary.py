@@ -22,12 +22,24 @@ from jax.sharding import PartitionSpec, Sharding
 
 from .errors import ArgumentError
 from .filters import to_predicates
-from .flatten import LEAF, UNCHANGED, VARIABLE, Flat, Path, _Build, _Walk, duplicate_error, flatten_graph, walk_defs
-from .jaxcompat import is_ref, key_name
+from .flatten import (
+    LEAF,
+    UNCHANGED,
+    VARIABLE,
+    Flat,
+    Path,
+    _Build,
+    _Walk,
+    duplicate_error,
+    flatten_graph,
+    is_graph_node,
+    walk_defs,
+)
+from .jaxcompat import Tracer, is_ref, key_name
 from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
 from .state import State, create_path_filters
-from .variable import Variable, frozen_metadata, structure_changed
+from .variable import Variable, frozen_metadata
 
 
 class Mode(NamedTuple):
@@ -61,7 +73,9 @@ def is_root(x: Any) -> bool:
     cls = type(x)
     known = _roots.get(cls)
     if known is None:  # asked once per type: this is on the way of every jitted call
-        known = _roots[cls] = issubclass(cls, (Pytree, Variable))
+        if issubclass(cls, Tracer):
+            return is_graph_node(x)  # of what it stands for
+        known = _roots[cls] = is_graph_node(x)
     return known
 
 
@@ -267,7 +281,7 @@ class Crossing:
         inner = [None if i is None else objects[i] for i in self.numbers]
         changed = tuple(
             n for n, x in enumerate(inner)
-            if isinstance(x, Variable) and not is_ref(before[n])
+            if isinstance(x, Variable) and not is_graph_node(before[n])
             and (x._raw_value is not before[n] or (self.keep is not None and self.keep(self.leaf_labels[n])))
         )  # fmt: skip
         walk = _Walk(self.mode.graph, known=known, what=self.mode.name)
@@ -281,15 +295,13 @@ class Crossing:
         positions = {path: n for n, path in enumerate(self.paths)}
         for n, (x, path, label) in enumerate(zip(walk.leaves, walk.paths, walk.labels)):
             at = positions.get(path) if n < behind else None
-            if isinstance(x, Variable) and id(x) in known:
+            if id(x) in known and is_graph_node(x):
                 sources.append(KEPT)
-            elif is_ref(x) and (came := next((i for i, b in enumerate(before) if b is x), None)) is not None:
-                sources.append(came)
             elif at is not None and before[at] is x and not (self.keep and self.keep(label)):
                 sources.append(at)
             else:
                 sources.append(SENT)
-                values.append(x._raw_value if isinstance(x, Variable) else x)
+                values.append(_value_of_new(x))
                 labels.append(label)
         if args is not None and args == self.walked and SENT not in sources[:behind]:
             args, sources = None, sources[behind:]
@@ -322,6 +334,13 @@ class Crossing:
             if key in known and isinstance(x, Variable):
                 at = self.paths[self.numbers.index(index)]
                 raise duplicate_error(x, [("args", *at), path], self.mode.name)
+
+
+def _value_of_new(x: Any) -> Any:
+    """What is sent of a new leaf: a `jax.Ref` or hijax box of a Variable stays inside, its value travels."""
+    if not isinstance(x, Variable):
+        return x
+    return jax.tree.map(lambda y: y[...] if is_ref(y) else y, x.get_raw_value())
 
 
 class Opened(NamedTuple):
@@ -387,7 +406,6 @@ def write_back(note: Note, values: Sequence[Any], leaves: Sequence[Any], objects
         for d in note.args.defs:
             if d is not PLAIN:
                 build.value(d)
-        structure_changed()
     return jax.tree.unflatten(note.out.treedef, build_all(note.out, build))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import AliasError, StaticError
 from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
-from .pytree import Pytree, prepare, sorted_names
+from .pytree import Pytree, prepare, same_place, sorted_names
 from .represent import Layout, represent
 from .state import State, key_order
 from .variable import Frozen, Variable, frozen_metadata, structure_changed
@@ -150,7 +150,7 @@ def _kind_of(x: Any) -> int:
 
 
 def _find_kind(cls: type, x: Any) -> int:
-    if issubclass(cls, Variable):
+    if not issubclass(cls, Tracer) and isinstance(x, Variable):
         return _IS_VARIABLE
     if issubclass(cls, Pytree):
         return _IS_OBJECT
@@ -175,7 +175,13 @@ def _find_kind(cls: type, x: Any) -> int:
 
 def is_graph_node(x: Any) -> bool:
     """Whether `x` has an identity in a graph: a module, a Variable or a Ref."""
-    return _kind_of(x) in (_IS_VARIABLE, _IS_OBJECT, _IS_REF) or (isinstance(x, Tracer) and is_ref(x))
+    kind = _kind_of(x)
+    return kind in (_IS_VARIABLE, _IS_OBJECT, _IS_REF) or (kind == _IS_TRACER and _has_identity(x))
+
+
+def _has_identity(tracer: Any) -> bool:
+    """Whether it stands for a `jax.Ref` or a hijax Variable, not for a value."""
+    return is_ref(tracer) or isinstance(tracer, Variable)
 
 
 # ---------------------------------------------------------------- GraphDef
@@ -363,7 +369,7 @@ class _Walk:
         self.leaf(x, path)
         index = self.number(x, path, self.labels[-1])
         if isinstance(x, Variable):
-            return VariableDef(VARIABLE, type(x), index, frozen_metadata(x))
+            return VariableDef(VARIABLE, x.type, index, frozen_metadata(x))
         return ArrayRefDef(ARRAY_REF, index)
 
     def object(self, x: Pytree, path: Path) -> Any:
@@ -425,7 +431,7 @@ class _Walk:
             self.leaf(x, path)
             return LEAF_DEF
         if kind == _IS_TRACER:
-            if is_ref(x):
+            if _has_identity(x):
                 return self.variable(x, path)
             self.leaf(x, path)
             return LEAF_DEF
@@ -554,7 +560,7 @@ class _Build:
             metadata = dict(d.metadata.items)
             if metadata["ref"] and isinstance(new, jax.Array) and not is_ref(new):
                 new = jax.new_ref(new)
-            new = d.type._new(new, metadata, d.metadata, self.trace)
+            new = d.type._new(new, metadata, d.metadata, self.trace)._in_its_form()
         self.objects[d.index] = new
         return new
 
@@ -575,16 +581,20 @@ class _Build:
             attributes[name] = old.get(name) if value is UNCHANGED else value
         if made:
             x.__dict__.update(attributes)
-        elif _differs(old, attributes):
+        else:
+            if not _same_structure(old, attributes) or x._pytree__nodes != dict(d.names):
+                object.__setattr__(x, "_pytree__nodes", dict(d.names))
+                structure_changed()
             old.clear()
             old.update(attributes)
-            object.__setattr__(x, "_pytree__nodes", dict(d.names))
-            structure_changed()
         return x
 
 
-def _differs(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    return len(old) != len(new) or any(name not in old or old[name] is not value for name, value in new.items())
+def _same_structure(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether the same objects stand under the same names; one array may have taken another's place."""
+    return len(old) == len(new) and all(
+        name in old and (old[name] is value or same_place(old[name], value)) for name, value in new.items()
+    )
 
 
 def build_tree(d: TreeDef, children: list[Any]) -> Any:

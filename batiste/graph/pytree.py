@@ -205,7 +205,7 @@ class Pytree(metaclass=PytreeMeta):
             status = self._status(name, value, explicit, wrapped)
         else:
             status = nodes.get(name, True) if explicit is None else explicit
-        if self._planned and not (nodes.get(name) == status and _same_place(attributes.get(name, MISSING), value)):
+        if self._planned and not (nodes.get(name) == status and same_place(attributes.get(name, MISSING), value)):
             structure_changed()
         nodes[name] = status
         attributes[name] = value
@@ -278,7 +278,7 @@ class Pytree(metaclass=PytreeMeta):
 _SCALARS = frozenset({int, float, bool, str, type(None), bytes, complex, type, type(lambda: None)})
 
 
-def _same_place(old: Any, new: Any) -> bool:
+def same_place(old: Any, new: Any) -> bool:
     """Whether one array takes another's place: then the structure stays as it was."""
     return isinstance(old, ARRAYS) and isinstance(new, ARRAYS)
 

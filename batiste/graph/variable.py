@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from .backing import current_defaults
 from .errors import StructureError, TraceContextError
-from .jaxcompat import Tracer, current_trace, is_ref
+from .jaxcompat import current_trace, is_ref
 from .placement import place, using_eager_sharding
 from .represent import Layout, represent, treescope_form
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -31,14 +32,12 @@ class StateSharding(Rules):
         return self.labels
 
 
-class Way(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Way:
     """The label of jit: where a value lives, and whether its buffer is given away."""
 
     sharding: Any
     donated: bool
-
-
-OUT = Way(None, False)
 
 
 class _WayRule(Rule):
