@@ -479,15 +479,19 @@ def show_path(path: Path) -> str:
     return "/".join(map(str, path)) or "<root>"
 
 
+def _kind_name(x: Any) -> str:
+    return (x.type if isinstance(x, Variable) else type(x)).__name__
+
+
 def inconsistent_error(x: Any, places: list[tuple[Path, Any]]) -> AliasError:
     lines = "\n".join(f"  {show_path(path)}: {label}" for path, label in places)
-    return AliasError(f"Inconsistent aliasing detected. One and the same object has different prefixes:\nNode: {type(x).__name__}\n{lines}\n",
+    return AliasError(f"Inconsistent aliasing detected. One and the same object has different prefixes:\nNode: {_kind_name(x)}\n{lines}\n",
                       fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)")  # fmt: skip
 
 
 def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
     places = "\n".join(f"  - {show_path(path)}" for path in paths)
-    text = f"Duplicate {type(x).__name__}\nfound at paths:\n\n{places}\n\n"
+    text = f"Duplicate {_kind_name(x)}\nfound at paths:\n\n{places}\n\n"
     if what:
         text += (f"nnx.{what} with graph_updates=False does not support Variable aliasing (duplicate inputs, duplicate outputs, "
                  "or input Variables returned as outputs).\n")  # fmt: skip
