@@ -9,13 +9,14 @@ one *kind*.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import math
 import operator
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -61,15 +62,17 @@ HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_r
 _RENAMED = ("sharding", "sharding_names")
 
 
+@dataclasses.dataclass
 class VariableMetadata(Generic[A]):
     """A value with metadata, before it becomes a Variable: what an initialiser under `with_metadata` returns."""
 
-    def __init__(self, raw_value, on_set_value=(), on_get_value=(), on_create_value=(), on_add_axis=(), on_remove_axis=(),
-                 metadata=None):  # fmt: skip
-        self.raw_value = raw_value
-        self.on_set_value, self.on_get_value, self.on_create_value = on_set_value, on_get_value, on_create_value
-        self.on_add_axis, self.on_remove_axis = on_add_axis, on_remove_axis
-        self.metadata = dict(metadata or {})
+    raw_value: A
+    on_set_value: tuple | Callable = ()
+    on_get_value: tuple | Callable = ()
+    on_create_value: tuple | Callable = ()
+    on_add_axis: tuple | Callable = ()
+    on_remove_axis: tuple | Callable = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def all_metadata(self) -> dict[str, Any]:
         """The metadata with the hooks that are set, each a callable or a tuple of callables."""

@@ -25,7 +25,7 @@ _HOMES = {
     "batiste.graph.variable": "LostUpdateWarning",
     "batiste.graph.rng": "Rngs RngCount RngKey RngState RngStream",
     "batiste.graph.restream": "backup_keys fork_rngs reseed restore_rngs split_rngs with_rngs",
-    "batiste.graph.hijax": "vars_as with_vars",
+    "batiste.graph.walk": "vars_as with_vars",
     "batiste.graph.backing": "var_defaults",
     "batiste.graph.passing": """
         MergeContext NodeStates SplitContext UpdateContext call current_update_context flatten from_tree merge_context
