@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import jax
 
 from . import errors
+from .errors import AliasError
 from .filters import Filter, to_predicate
-from .flatten import duplicate_error, flatten_graph, is_graph_node, iter_parts, unflatten_graph
+from .flatten import duplicate_error, flatten_graph, is_graph_node, iter_parts, show_path, unflatten_graph
 from .jaxcompat import key_name, one_level
 from .modes import graph_mode
 from .pytree import Pytree, sorted_names
@@ -178,6 +179,41 @@ def set_metadata(node: Any, /, *, only: Filter = Variable, **metadata: Any) -> N
     for path, x in iter_graph(node, graph=True):
         if isinstance(x, Variable) and predicate(path, x):
             x.set_metadata(**metadata)
+
+
+def with_vars(node: A, /, *, hijax: bool | None = None, ref: bool | None = None, mutable: bool | None = None, only: Filter = ...,
+              allow_duplicates: bool = False) -> A:  # fmt: skip
+    """An object whose Variables are backed in another way; those that `only` leaves out, or that are so already, stay the same.
+
+    Args:
+        hijax, ref: the backing; None leaves it as it is.
+        mutable: False makes hijax Variables values, which cannot be written and can be differentiated.
+        allow_duplicates: a Variable that is changed may stand at several places.
+
+    >>> import jax.numpy as jnp
+    >>> with_vars({"w": Variable(jnp.ones(2))}, ref=True)["w"].ref
+    True
+
+    Raises:
+        AliasError: a Variable to be changed stands at several places.
+    """
+    changes = {name: x for name, x in (("hijax", hijax), ("ref", ref), ("mutable", mutable)) if x is not None}
+    predicate = to_predicate(only)
+
+    def differs(path: Path, x: Any) -> bool:
+        return isinstance(x, Variable) and predicate(path, x) and any(x.get_metadata(k, k == "mutable") != v for k, v in changes.items())
+
+    if not allow_duplicates and (groups := find_duplicates(node, only=differs)):
+        places = "\n".join("  ---\n" + "\n".join(f"  {show_path(path)}" for path in group) for group in groups)
+        raise AliasError(f"Found duplicate at paths:\n{places}\n  ---\n", fix="pass allow_duplicates=True, or exclude them with `only`")
+    return map(lambda path, x: x.replace(**changes) if differs(path, x) else x, node, graph=True)
+
+
+def vars_as(node: A, /, *, hijax: bool | None = None, ref: bool | None = None, mutable: bool | None = None, only: Filter = ...,
+            allow_duplicates: bool = False) -> A:  # fmt: skip
+    """Deprecated name of `with_vars`."""
+    warnings.warn("'vars_as' is deprecated, use 'with_vars' instead.", DeprecationWarning, stacklevel=2)
+    return with_vars(node, hijax=hijax, ref=ref, mutable=mutable, only=only, allow_duplicates=allow_duplicates)
 
 
 # ---------------------------------------------------------------- where a module is, for error messages

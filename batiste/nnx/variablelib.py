@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variables and their kinds, under Flax's name."""
 
+import importlib
+import typing
+
+from batiste.graph.backing import VarDefaults, VarDefaultsContext, var_defaults  # noqa: F401
 from batiste.graph.variable import (  # noqa: F401
     BatchStat,
     Cache,
@@ -13,3 +17,9 @@ from batiste.graph.variable import (  # noqa: F401
     variable_name_from_type,
     variable_type_from_name,
 )
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name == "HijaxVariable":  # it rests on experimental parts of JAX
+        return importlib.import_module("batiste.graph.hijax").HijaxVariable
+    raise AttributeError(f"module 'batiste.nnx.variablelib' has no attribute {name!r}")
