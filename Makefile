@@ -13,6 +13,7 @@ DATA        ?= digits
 WORKERS     ?= 2
 JAX_CACHE   ?= $(CURDIR)/.jaxcache
 CONFORMANCE ?= ../shared/conformance/flaxconf.py
+BENCH       ?= overhead import_time memory
 ARGS        ?=
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ ARGS        ?=
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo "  Options: ARGS='...' goes to the command's program; DATA=fashion-mnist to demo; PYTHON=... to venv."
+	@echo "  ARGS='...' goes to the command's program; PYTHON=... chooses what makes the environment."
 
 venv: $(READY)  ## make the virtual environment .venv with the locked versions
 
@@ -48,10 +49,8 @@ lint: $(LINTERS)  ## style, format and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-bench: $(READY)  ## the figures: cost of a jitted step, of the import, and memory over 20,000 steps
-	$(RUN) bench/overhead.py $(ARGS)
-	$(RUN) bench/import_time.py
-	$(RUN) bench/memory.py
+bench: $(READY)  ## the figures: cost of a jitted step, of the import, memory over 20,000 steps (BENCH=pooling)
+	@for name in $(BENCH); do $(RUN) bench/$$name.py $(ARGS) || exit $$?; done
 
 conformance: $(READY)  ## run Flax's own tests against batiste (ARGS="--files 'nnx/*' --failures")
 	@test -f $(CONFORMANCE) || { echo "no conformance runner at $(CONFORMANCE): say where it is with" \

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long does `import batiste.nnx` take beside `import jax`, and which packages does it load?
 
-Each import runs in a fresh process; the rounds interleave the contenders, and the figures above `import jax` are medians
-of the differences within a round.
+Each import runs in a fresh process; the rounds interleave the contenders, and the figures above `import jax` are
+medians of the differences within a round.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ print(json.dumps(dict(cpu=cpu, wall=wall, modules=len(sys.modules), packages=thi
 def probe(name: str) -> dict:
     """Seconds of CPU and of wall that the program takes in a new process, and the packages loaded by it."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    out = subprocess.run([sys.executable, "-c", PROBE.format(program=PROGRAMS[name])], capture_output=True, text=True, env=env)
+    command = [sys.executable, "-c", PROBE.format(program=PROGRAMS[name])]
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
     if out.returncode:
         raise SystemExit(f"{PROGRAMS[name]} failed:\n{out.stderr}")
     return json.loads(out.stdout)

@@ -19,15 +19,15 @@ Call = Callable[[], object]
 def machine() -> str:
     """What the figures were taken on, in one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpy"))
-    return f"{platform.machine()}, {cores} cores, {jax.default_backend()}, Python {platform.python_version()}, {packages}"
+    versions = f"Python {platform.python_version()}, jax {version('jax')}, numpy {version('numpy')}"
+    return f"{platform.machine()}, {cores} cores, {jax.default_backend()}, {versions}"
 
 
 class Slices:
     """Seconds per call of each contender, one figure per round; the rounds of all contenders stand side by side."""
 
     def __init__(self, calls: Mapping[str, Call], seconds: float, slice_seconds: float = 0.02, least: int = 7):
-        """Runs every contender in turn for a slice, again and again, for `seconds` in all and at least `least` rounds."""
+        """Runs every contender in turn for a slice, round after round, for `seconds`, at least `least` rounds."""
         self.cpu: dict[str, list[float]] = {name: [] for name in calls}
         self.wall: dict[str, list[float]] = {name: [] for name in calls}
         repeats = {name: max(1, round(slice_seconds / once(call))) for name, call in calls.items()}

@@ -16,10 +16,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import optax
-from measure import machine, print_table
 
 from batiste import nnx
-
+from measure import machine, print_table
 
 ADAM = optax.adam(1e-3)  # one object: another would be another static setting, and so another program
 

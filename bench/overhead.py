@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does a jitted train step over live objects cost, beside the same step written by hand over a flat list?
 
-The step is the gradient of a small loss over V tiny parameters and Adam: so little arithmetic that the time is the time
-of passing 3 V arrays in and out. The floor is the hand-written step: read the values out of V boxes, `jax.jit` over a flat
-list, write the results back. A contender that donates its arguments is compared with the floor that donates.
+The step is the gradient of a small loss over V tiny parameters and Adam: so little arithmetic that the time is the
+time of passing 3 V arrays in and out. The floor is the hand-written step: read the values out of boxes, `jax.jit` over
+a flat list, write the results back. A contender that donates its arguments is compared with the floor that donates.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import optax
-from measure import Call, Slices, machine, print_table, timed
 
 from batiste import nnx
+from measure import Call, Slices, machine, print_table, timed
 
 WIDTH = 4
 ADAM = optax.adam(1e-3)
@@ -229,8 +229,8 @@ def after_a_change(count: int, repeats: int = 20) -> dict[str, float]:
         if i >= 2:  # the first two compile
             extra.append(changed - plain)
     modules = sum(1 for _ in nnx.iter_modules(model)) + sum(1 for _ in nnx.iter_modules(optimizer))
-    milliseconds = statistics.median(extra) * 1e3
-    return {"variables": count, "modules": modules, "ms": milliseconds, "ms_per_100_modules": milliseconds / modules * 100}
+    ms = statistics.median(extra) * 1e3
+    return {"variables": count, "modules": modules, "ms": ms, "ms_per_100_modules": ms / modules * 100}
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits_data import Dataset, batches, in_chunks, load
-from digits_report import Report, options
 
 from batiste import nnx
+from digits_data import Dataset, batches, in_chunks, load
+from digits_report import Report, options
 
 
 class Net(nnx.Module):
@@ -83,7 +83,7 @@ def main() -> int:
                 if report.step():
                     report.show(**figures(metrics))
             test_loss, predicted = evaluate(model, data)
-            report.epoch(**figures(metrics), test_loss=test_loss, test_accuracy=float((predicted == data.test_y).mean()))
+            report.epoch(**figures(metrics), test_loss=test_loss, predicted=predicted)
             metrics.reset()
 
     parameters = sum(value.size for value in jax.tree.leaves(nnx.state(model, nnx.Param)))

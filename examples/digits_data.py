@@ -46,11 +46,12 @@ def load(name: str) -> Dataset:
 
 def digits() -> Dataset:
     """1,797 handwritten digits of 8x8 pixels; a fifth of each class is held out, the same fifth in every run."""
-    bunch = load_digits()
-    x = (bunch.images[..., None] / 16).astype(np.float32)
-    parts = train_test_split(x, bunch.target.astype(np.int32), test_size=0.2, stratify=bunch.target, random_state=0)
-    train_x, test_x, train_y, test_y = parts
-    return Dataset("digits", tuple("0123456789"), train_x, train_y, test_x, test_y, epochs=30)
+    pixels, labels = load_digits(return_X_y=True)
+    x = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    order = np.arange(len(x))
+    train, test = (np.asarray(p) for p in train_test_split(order, test_size=0.2, stratify=labels, random_state=0))
+    y = labels.astype(np.int32)
+    return Dataset("digits", tuple("0123456789"), x[train], y[train], x[test], y[test], epochs=30)
 
 
 def fashion_mnist(folder: Path = FASHION) -> Dataset:
@@ -96,7 +97,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def batches(x: np.ndarray, y: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(x: np.ndarray, y: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, ...]]:
     """One epoch: every image once in a new order, each moved by up to a pixel; a short last batch is left out."""
     order = rng.permutation(len(x))
     for start in range(0, len(x) - size + 1, size):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from batiste import nnx
 from digits import Net, loss_fn
 from digits_data import batches, in_chunks, load
 from digits_report import Report, options
-
-from batiste import nnx
 
 
 class Training(NamedTuple):
@@ -62,11 +62,13 @@ def main() -> int:
                 now, latest = train_step(now, images, labels)
                 figures.append(latest)
                 if report.step():
-                    report.show(*np.mean(figures, axis=0))
+                    loss, accuracy = np.mean(figures, axis=0)
+                    report.show(loss, accuracy)
             logits = jnp.concatenate([predict(now, images) for images in in_chunks(data.test_x)])
             test_loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, data.test_y).mean())
             predicted = np.asarray(logits.argmax(-1))
-            report.epoch(*np.mean(figures, axis=0), test_loss, float((predicted == data.test_y).mean()))
+            loss, accuracy = np.mean(figures, axis=0)
+            report.epoch(loss, accuracy, test_loss, predicted)
 
     parameters = sum(value.size for value in jax.tree.leaves(now.params))
     return report.finish(predicted, parameters)

@@ -15,10 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from digits_data import Dataset, fail
+from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from digits_data import Dataset, fail
 
 console = Console()
 
@@ -75,7 +77,7 @@ class Report:
     @contextmanager
     def progress(self) -> Iterator[Report]:
         """A bar with loss, accuracy and images per second; without a terminal, a line per epoch."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as self.bar:
             self.task = self.bar.add_task("training", total=self.epochs * self.per_epoch, now="")
             yield self
@@ -94,9 +96,10 @@ class Report:
         self.bar.update(self.task, now=now)
         return now
 
-    def epoch(self, loss: float, accuracy: float, test_loss: float, test_accuracy: float) -> None:
+    def epoch(self, loss: float, accuracy: float, test_loss: float, predicted: np.ndarray) -> None:
         """Takes the figures of a whole epoch; without a terminal, prints them."""
         now = self.show(loss, accuracy)
+        test_accuracy = float((predicted == self.data.test_y).mean())
         self.history.append(dict(loss=loss, accuracy=accuracy, test_loss=test_loss, test_accuracy=test_accuracy))
         if not console.is_terminal:
             console.print(
@@ -117,7 +120,8 @@ class Report:
             console.print(f"[bold red]below the required {self.require:.2%}[/]: try more --epochs or another --seed")
             return 1
         console.print("\nNext:")
-        untried = [step for step in NEXT if self.data.name not in step[0] and Path(sys.argv[0]).name not in step[0]]
+        done = (f"DATA={self.data.name}", f"/{Path(sys.argv[0]).name}")
+        untried = [step for step in NEXT if not step[0].endswith(done)]
         for number, (command, what) in enumerate(untried[:3], 1):
             console.print(f"  {number}. [bold]{command}[/]\n     {what}", highlight=False, soft_wrap=True)
         return 0
@@ -149,7 +153,7 @@ def draw_curves(report: Report) -> Path:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=None))
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes[1].legend(loc="lower right", frameon=False)
     figure.suptitle(f"{report.data.name}: learning curves")
     path = report.out / "curves.png"
@@ -168,7 +172,8 @@ def draw_confusion(data: Dataset, counts: np.ndarray, out: Path) -> Path:
         axis.imshow(np.ma.masked_where(~cells, 0.1 + 0.8 * shade), cmap=colours, vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts):
         if n:
-            axis.text(j, i, str(n), ha="center", va="center", fontsize=9, color="white" if shade[i, j] > 0.6 else "black")
+            ink = "white" if shade[i, j] > 0.6 else "black"
+            axis.text(j, i, str(n), ha="center", va="center", fontsize=9, color=ink)
     axis.set_xticks(np.arange(-0.5, len(counts)), minor=True)
     axis.set_yticks(np.arange(-0.5, len(counts)), minor=True)
     axis.grid(which="minor", color="#e4e4e4", linewidth=1)

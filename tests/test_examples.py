@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import re
 import subprocess
 import sys
@@ -66,9 +67,7 @@ def test_wrong_arguments_end_with_status_2_and_a_reason(args: tuple[str, str], m
 @pytest.fixture
 def digits_data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "examples")
-    import digits_data
-
-    return digits_data
+    return importlib.import_module("digits_data")
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of the house, held by reading the source: floors of imports, heads of files, names, what an import loads."""
+"""The rules of the house, held by reading the source: floors of imports, file heads, names, what an import loads."""
 
 from __future__ import annotations
 

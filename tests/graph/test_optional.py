@@ -22,7 +22,7 @@ def test_what_is_missing_is_named_with_its_extra() -> None:
     assert caught.value.name == "no_such_package.inner"
 
 
-def test_a_package_that_misses_its_own_dependency_says_so_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_without_its_own_dependency_says_so_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_installed.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency") as caught:
