@@ -14,7 +14,7 @@ prefix argument of every JAX transform is simply the tuple of labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,6 +110,12 @@ class Rules(Rule):
         raise ArgumentError(f"no filter of {type(self).__name__} matches", at="/".join(map(str, path)), got=type(x).__name__,
                             fix="end the mapping with `...`")  # fmt: skip
 
+    def keys(self):
+        return self.filters
+
+    def values(self):
+        return self.labels
+
     def items(self):
         return zip(self.filters, self.labels)
 
@@ -124,23 +130,37 @@ class Rules(Rule):
 
 
 class _Shaped(Rule):
-    """Labels that stand in an object of the same structure, as `nnx.prefix` makes it."""
+    """Labels that stand in an object of the same structure, as `nnx.prefix` makes it; one may stand for a whole part."""
 
     def __init__(self, root: Any):
-        flat = flatten_graph(root, graph=True)
-        self.by_path = dict(zip(flat.paths, flat.values()))
+        self.by_path = dict(_labels_of(root, (), set()))
         self.labels = tuple(dict.fromkeys(self.by_path.values()))
 
     def __call__(self, path: Path, x: Any) -> Any:
-        if path not in self.by_path:
-            raise ArgumentError("the prefix has no label for a leaf", at="/".join(map(str, path)), fix="make it with nnx.prefix")
-        return self.by_path[path]
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.by_path:
+                return self.by_path[path[:length]]
+        raise ArgumentError("the prefix has no label for a leaf", at="/".join(map(str, path)), fix="make it with nnx.prefix")
 
     def __eq__(self, other):
         return isinstance(other, _Shaped) and self.by_path == other.by_path
 
     def __hash__(self):
         return hash(tuple(self.by_path.items()))
+
+
+def _labels_of(x: Any, path: Path, open_: set[int]) -> Iterator[tuple[Path, Any]]:
+    """The pairs (path, label) below `x`, an object that holds labels in the place of its leaves."""
+    if isinstance(x, Variable):
+        yield path, x.get_raw_value()
+        return
+    items = None if x is None or isinstance(x, (Rule, Sharding, PartitionSpec)) else data_items(x)
+    if items is None:
+        yield path, x
+    elif id(x) not in open_:
+        open_.add(id(x))
+        for key, value in items:
+            yield from _labels_of(value, (*path, key), open_)
 
 
 def _is_spec(x: Any) -> bool:
@@ -167,7 +187,7 @@ def broadcast(prefix: Any, tree: Any, name: str) -> list[Any]:
         parts = structure.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
         raise ArgumentError(f"{name} does not fit the structure it speaks of", got=repr(prefix),
-                            expected=f"a prefix of {jax.tree.structure(tree, is_leaf=is_root)} ({error})") from None  # fmt: skip
+                            expected=f"a prefix of {jax.tree.structure(tree, is_leaf=is_root)}") from error  # fmt: skip
     found: list[Any] = []
     for spec, part in zip(specs, parts):
         count = len(jax.tree.leaves(part, is_leaf=is_root))
@@ -249,6 +269,7 @@ class Crossing:
         variable = [isinstance(x, Variable) for x in flat.leaves]
         self.order = tuple(sorted(part, key=lambda i: not variable[i]) for part in order(self.labels, flat.labels))
         self.note: Note | None = None
+        self.sent: list[Path] = []  # the paths of what came back last, in order: for error messages
 
     def key(self) -> Any:
         """Two crossings with equal keys run the same program."""
@@ -258,7 +279,7 @@ class Crossing:
         """Calls the function on copies of the objects; returns what must travel back, by label."""
         before = self.ungroup(groups)
         args, opened = self.open(before)
-        return self.close(before, opened, self.f(*args))
+        return self.close(before, opened, self.f(*args) if isinstance(args, tuple) else self.f(args))
 
     def ungroup(self, groups: Sequence[Sequence[Any]]) -> list[Any]:
         """The entry leaves in order, from one list per label."""
@@ -292,6 +313,7 @@ class Crossing:
             self.refuse_aliases(walk, known)
         values: list[Any] = [inner[n]._raw_value for n in changed]  # type: ignore[union-attr]
         labels, sources = [self.leaf_labels[n] for n in changed], []
+        self.sent = [self.paths[n] for n in changed]
         positions = {path: n for n, path in enumerate(self.paths)}
         for n, (x, path, label) in enumerate(zip(walk.leaves, walk.paths, walk.labels)):
             at = positions.get(path) if n < behind else None
@@ -333,7 +355,7 @@ class Crossing:
             x = walk.objects[index]
             if key in known and isinstance(x, Variable):
                 at = self.paths[self.numbers.index(index)]
-                raise duplicate_error(x, [("args", *at), path], self.mode.name)
+                raise duplicate_error(x, [at, path], self.mode.name)
 
 
 def _value_of_new(x: Any) -> Any:

@@ -3,7 +3,8 @@
 
     BatisteError
     ├── ShapeError, ArgumentError, RngError, AliasError, StructureError    (also ValueError)
-    ├── DtypeError, FilterError, StaticError                                (also TypeError)
+    ├── DtypeError, FilterError, StaticError, CallError                     (also TypeError)
+    ├── CarryError, BranchError                                             (StructureErrors, also TypeError)
     └── TraceContextError, ImmutableVariableError
 """
 
@@ -81,6 +82,18 @@ class AliasError(BatisteError, ValueError):
 
 class StructureError(BatisteError, ValueError):
     """Two structures that should fit do not."""
+
+
+class CarryError(StructureError, TypeError):
+    """What goes round in a loop came back with other objects, another structure or other types than it went in with."""
+
+
+class BranchError(StructureError, TypeError):
+    """Two branches of which one is taken leave different structures or types behind."""
+
+
+class CallError(BatisteError, TypeError):
+    """A function was called with arguments that it cannot take, or not in this way."""
 
 
 class StaticError(BatisteError, TypeError):

@@ -42,7 +42,7 @@ def node_items(x: Any) -> list[tuple[Any, Any]] | None:
     return None if level is None else [(key_name(path[-1]), child) for path, child in level[0]]
 
 
-def _data_items(x: Any) -> list[tuple[Any, Any]] | None:
+def data_items(x: Any) -> list[tuple[Any, Any]] | None:
     """Like `node_items`, for a tree: the data of an object alone."""
     items = node_items(x)
     if isinstance(x, Pytree) and type(x)._pytree__is_pytree:
@@ -58,7 +58,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
         AliasError: with `graph=False`, an object that is found at two paths.
     """
     as_graph = graph_mode(graph)
-    items_of = node_items if as_graph else _data_items
+    items_of = node_items if as_graph else data_items
     seen: dict[int, Path] = {}
     open_: set[int] = set()
 
@@ -82,7 +82,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:
     """The direct children of an object that are graph objects or pytree nodes themselves, as `(key, child)`."""
-    items_of = node_items if graph_mode(graph) else _data_items
+    items_of = node_items if graph_mode(graph) else data_items
     for key, value in items_of(node) or ():
         if isinstance(value, Pytree) or (not isinstance(value, Variable) and node_items(value) is not None and _holds_nodes(value)):
             yield key, value
@@ -107,7 +107,7 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
         if isinstance(x, Pytree):
             new = x.__copy__()
             done[id(x)] = new, path
-            for key, value in _data_items(x) or ():
+            for key, value in data_items(x) or ():
                 new.__dict__[str(key)] = visit(value, (*path, key))
         elif not is_graph_node(x) and (items := node_items(x)) is not None:
             children = [visit(value, (*path, key)) for key, value in items]
@@ -165,7 +165,7 @@ def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[Path]]:
                 return
             entered.add(id(x))
         keep.append(x)
-        for key, value in _data_items(x) or ():
+        for key, value in data_items(x) or ():
             visit(value, (*path, key))
 
     entered: set[int] = set()
