@@ -181,6 +181,7 @@ def _slices(x: Array, window: Sequence[int], strides: Sequence[int]) -> Iterator
         yield lax.slice(x, (0,) * batch + offset + (0,), x.shape[:batch] + stop + x.shape[-1:], steps)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _sum(x: Array, window: Numbers, strides: Numbers, pads: Pads) -> Array:
     padded = _pad(x, 0, pads)
     if window == strides and window:

@@ -24,19 +24,19 @@ def conv(name: str, *args, inputs=X2, layer: str = "Conv", tolerance: float = 1e
 
 
 def paddings() -> Iterator[Case]:
-    """Every padding with every combination of stride and dilation."""
+    """Every padding, without and with strides and dilation."""
     for padding in ("SAME", "VALID", "SAME_LOWER", "CIRCULAR", "REFLECT", 1, (2, 0), ((1, 0), (0, 2))):
-        for strides, dilation in ((1, 1), (2, 1), (1, 2), ((3, 2), (1, 2))):
+        for strides, dilation in ((1, 1), ((3, 2), (1, 2))):
             name = f"conv-{padding}-strides-{strides}-dilation-{dilation}"
             yield conv(name, 4, 6, (3, 2), strides, padding=padding, kernel_dilation=dilation)
-    for strides, dilation in ((1, 1), (2, 1), (1, 2), (2, 2)):
+    for strides, dilation in ((1, 1), (2, 3)):
         name = f"conv-CAUSAL-strides-{strides}-dilation-{dilation}"
         yield conv(name, 4, 6, 3, strides, padding="CAUSAL", kernel_dilation=dilation, inputs=X1)
 
 
 def transposed_paddings() -> Iterator[Case]:
     for padding in ("SAME", "VALID", "CIRCULAR", 1, ((1, 0), (0, 2))):
-        for strides, dilation in ((None, None), (2, 1), ((3, 2), (1, 2)), ((1, 4), (2, 1))):
+        for strides, dilation in ((None, None), ((3, 2), (1, 2))):
             for transpose_kernel in (False, True):
                 name = f"conv-transpose-{padding}-strides-{strides}-dilation-{dilation}-{transpose_kernel}"
                 yield conv(name, 4, 6, (3, 2), strides, padding=padding, kernel_dilation=dilation,
@@ -46,7 +46,7 @@ def transposed_paddings() -> Iterator[Case]:
 def pooling() -> Iterator[Case]:
     """Functions of no parameters, on distinct numbers, so that no two tie for an extremum."""
     for function in ("max_pool", "min_pool", "avg_pool"):
-        for window, strides in (((2, 2), (2, 2)), ((3, 2), (2, 1)), ((2, 3), None), ((2,), (2,)), ((4, 3), (1, 3))):
+        for window, strides in (((2, 2), (2, 2)), ((3, 2), (2, 1)), ((2,), None)):
             for padding in ("VALID", "SAME"):
                 yield _pool(f"{function}-{window}-strides-{strides}-{padding}", function, window, strides, padding)
         yield _pool(f"{function}-pairs", function, (2, 2), (2, 2), ((1, 0), (0, 2)))
