@@ -43,7 +43,7 @@ class BatisteError(Exception):
             text += ": " + ", ".join(details)
         if not text.endswith((".", "\n")):
             text += "."
-        return f"{text}\n  Fix: {self.fix}" if self.fix else text
+        return f"{text.rstrip()}\n  Fix: {self.fix}" if self.fix else text
 
     def __reduce__(self):
         return _rebuild, (type(self), self.args, dict(self.__dict__))

@@ -485,7 +485,7 @@ def _kind_name(x: Any) -> str:
 
 def inconsistent_error(x: Any, places: list[tuple[Path, Any]]) -> AliasError:
     lines = "\n".join(f"  {show_path(path)}: {label}" for path, label in places)
-    return AliasError(f"Inconsistent aliasing detected. One and the same object has different prefixes:\nNode: {_kind_name(x)}\n{lines}\n",
+    return AliasError(f"Inconsistent aliasing detected: one and the same {_kind_name(x)} has different prefixes:\n{lines}\n",
                       fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)")  # fmt: skip
 
 
@@ -493,8 +493,7 @@ def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
     places = "\n".join(f"  - {show_path(path)}" for path in paths)
     text = f"Duplicate {_kind_name(x)}\nfound at paths:\n\n{places}\n\n"
     if what:
-        text += (f"nnx.{what} with graph_updates=False does not support Variable aliasing (duplicate inputs, duplicate outputs, "
-                 "or input Variables returned as outputs).\n")  # fmt: skip
+        text += f"Without graph updates, nnx.{what} can take an object once, and cannot hand an input out again.\n"
         fix = f"remove the duplicate, pass a copy (nnx.clone), or use nnx.{what}(..., graph=True, graph_updates=True) or nnx.compat.{what}"
     else:
         text += "A tree (graph=False) cannot hold one object twice.\n"

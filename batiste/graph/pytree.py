@@ -18,7 +18,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import numpy as np
 
-from .errors import TraceContextError
+from .errors import StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
 from .represent import Layout, represent, treescope_form
 from .variable import MISSING, Home, Variable, structure_changed
@@ -173,7 +173,8 @@ class Pytree(metaclass=PytreeMeta):
     def __init_subclass__(cls, *, pytree: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
         if vars(cls).get("__slots__"):
-            raise TypeError(f"Pytree currently does not support __slots__, found __slots__={vars(cls)['__slots__']} in '{cls.__name__}'.")
+            raise TypeError(f"{cls.__name__} has __slots__={vars(cls)['__slots__']}, but the attributes of a Pytree live in __dict__: "
+                            "take __slots__ out.")  # fmt: skip
         cls._pytree__is_pytree = pytree
         cls._pytree__declared = _declared(cls)
         if pytree:
@@ -214,17 +215,15 @@ class Pytree(metaclass=PytreeMeta):
         """Whether the attribute is data from now on."""
         if explicit is not None:
             if not explicit and wrapped and (is_data(value) or (type(value) not in _SCALARS and has_data(value))):
-                raise ValueError(f"Found data in value of type '{type(value)}' annotated with nnx.static(...) when setting "
-                                 f"attribute '{name}' of Pytree type '{type(self)}'.")  # fmt: skip
+                raise StructureError(f"Found data in value of type '{type(value).__name__}' that nnx.static(...) was to make a "
+                                     "setting", at=self._attribute(name), fix=f"assign nnx.data(...) to self.{name}")  # fmt: skip
             if not explicit and not is_data(value):  # a bare array is found at the end of __init__
                 self._refuse_hidden_data(name, value)
             return explicit
         known, is_data_now = self._pytree__nodes.get(name), is_data(value)
         if is_data_now and known is False:
-            raise ValueError(
-                f"Cannot assign data value of type '{type(value)}' to static attribute '{name}' of Pytree type '{type(self)}'. "
-                f"To override the status explicitly wrap the value with nnx.data on assignment:\n\n  _.{name} = nnx.data(...)\n"
-            )
+            raise StructureError(f"Cannot assign data value of type '{type(value).__name__}' to static attribute '{name}'",
+                                 at=self._attribute(name), fix=f"say that it becomes data: self.{name} = nnx.data(...)")  # fmt: skip
         if known or is_data_now:
             return True
         self._refuse_hidden_data(name, value)
@@ -235,11 +234,11 @@ class Pytree(metaclass=PytreeMeta):
             return
         if not (found := has_data(value)):
             return
-        raise ValueError(
-            f"Found data on value of type '{type(value)}' assigned to static attribute '{name}' of Pytree type '{type(self)}'. "
-            "Static attributes should not contain data values. Consider one of the following options:\n\n"
-            + _ways_out(type(self), name, value, found)
-        )
+        raise StructureError(f"Found data on value of type '{type(value).__name__}', which makes a static attribute '{name}'",
+                             at=self._attribute(name), got=_kinds(found), fix=_ways_out(name, value))  # fmt: skip
+
+    def _attribute(self, name: str) -> str:
+        return f"{type(self).__name__}.{name}"
 
     def __delattr__(self, name: str) -> None:
         if self._pytree__state.trace != current_trace():
@@ -283,16 +282,16 @@ def same_place(old: Any, new: Any) -> bool:
     return isinstance(old, ARRAYS) and isinstance(new, ARRAYS)
 
 
-def _ways_out(cls: type, name: str, value: Any, found: list[Any]) -> str:
-    types = ", ".join(sorted({type(x).__name__ for x in found}))
-    return (
-        f"1. If the attribute is meant to be static, remove the data values of type(s):\n\n  {types}\n\n"
-        f"2. If the attribute is meant to be data, wrap the value with nnx.data on assignment:\n\n  _.{name} = nnx.data(...)\n\n"
-        f"3. Alternatively, annotate the class attribute with nnx.data:\n\n  class {cls.__name__}({cls.__mro__[1].__name__}):\n"
-        f"    {name}: {type(value).__name__} = nnx.data()\n\n"
-        "4. If the container is a list or dict, try using nnx.List(...) or nnx.Dict(...) instead.\n\n"
-        f"5. Disable pytree for this class:\n\n  class {cls.__name__}({cls.__mro__[1].__name__}, pytree=False):\n"
-    )
+def _kinds(found: list[Any]) -> str:
+    return "a plain container of " + ", ".join(sorted({type(x).__name__ for x in found}))
+
+
+def _ways_out(name: str, value: Any) -> str:
+    """How to keep data in a container."""
+    module = {list: "nnx.List", dict: "nnx.Dict"}.get(type(value))
+    choices = [f"self.{name} = {module}(...)"] if module else []
+    choices += [f"self.{name} = nnx.data(...)", f"declare `{name}: {type(value).__name__} = nnx.data()` in the class"]
+    return ", or ".join(choices) + "; a class with pytree=False takes it as it is"
 
 
 def check_pytree(pytree: Pytree) -> None:
@@ -306,10 +305,10 @@ def check_pytree(pytree: Pytree) -> None:
     nodes = pytree._pytree__nodes
     for name, value in pytree.__dict__.items():
         if not nodes.get(name, False) and type(value) not in _SCALARS and (found := has_data(value)):
-            raise ValueError(
-                f"Found unexpected data on value of type {type(value)} in static attribute '{name}' of Pytree type "
-                f"'{type(pytree)}'. Consider one of the following options:\n\n" + _ways_out(type(pytree), name, value, found)
-            )
+            raise StructureError(
+                f"Found unexpected data on value of type '{type(value).__name__}' in static attribute '{name}'",
+                at=pytree._attribute(name), got=_kinds(found) if not is_data(value) else None, fix=_ways_out(name, value),
+            )  # fmt: skip
 
 
 class Object(Pytree, pytree=False):

@@ -190,7 +190,7 @@ def _sort_out(pairs: Iterable[tuple[Path, Any]], filters: Sequence[Filter]) -> l
 
 
 def _not_exhaustive(rest) -> StructureError:
-    return StructureError(f"Non-exhaustive filters, got a non-empty remainder: {rest}", fix="Use `...` to match all remaining elements")
+    return StructureError(f"Non-exhaustive filters, got a non-empty remainder: {rest}", fix="end the filters with `...`, which takes the rest")
 
 
 # ---------------------------------------------------------------- State

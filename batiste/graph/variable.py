@@ -178,8 +178,8 @@ class Variable(Generic[A], metaclass=VariableMeta):
         slot(self, "_home", None)
         slot(self, "_raw_value", value)
         if any(name in metadata for name in HOOKS):
-            warnings.warn("Variable hooks are deprecated. Create your own Variable type and overload `get_value` and "
-                          "`set_value` instead.", UserWarning, stacklevel=3)  # fmt: skip
+            warnings.warn("Variable hooks are deprecated: make a Variable type of your own that overrides get_value and "
+                          "set_value.", UserWarning, stacklevel=3)  # fmt: skip
         value = self.create_value(value)
         if metadata["eager_sharding"] and metadata.get("out_sharding") is not None:
             value = place(value, metadata)
@@ -258,26 +258,22 @@ class Variable(Generic[A], metaclass=VariableMeta):
 
     @property
     def value(self) -> A:
-        warnings.warn("'.value' access is now deprecated. For Variable[Array] instances use:\n\n  variable[...]\n\n"
-                      "For other Variable types use:\n\n  variable.get_value()\n", DeprecationWarning, stacklevel=2)  # fmt: skip
+        _warn_old(".value", "variable[...] or variable.get_value()")
         return self.get_value()
 
     @value.setter
     def value(self, value: A) -> None:
-        warnings.warn("'.value' setter is now deprecated. For Variable[Array] instances use:\n\n  variable[...] = value\n\n"
-                      "For other Variable types use:\n\n  variable.set_value(value)\n", DeprecationWarning, stacklevel=2)  # fmt: skip
+        _warn_old("setting .value", "variable[...] = x or variable.set_value(x)")
         self.set_value(value)
 
     @property
     def raw_value(self) -> A:
-        warnings.warn("'.raw_value' access is now deprecated. Use:\n\n  variable.get_raw_value()\n",
-                      DeprecationWarning, stacklevel=2)  # fmt: skip
+        _warn_old(".raw_value", "variable.get_raw_value()")
         return self._raw_value
 
     @raw_value.setter
     def raw_value(self, value: A) -> None:
-        warnings.warn("'.raw_value' setter is now deprecated. Use:\n\n  variable.set_raw_value(value)\n",
-                      DeprecationWarning, stacklevel=2)  # fmt: skip
+        _warn_old("setting .raw_value", "variable.set_raw_value(x)")
         self.set_raw_value(value)
 
     # ------------------------------------------------------------ metadata
@@ -465,10 +461,8 @@ class Variable(Generic[A], metaclass=VariableMeta):
         elif name in ("_raw_value", "_trace_state", "_var_metadata", "_frozen", "_home"):
             object.__setattr__(self, name, value)
         else:
-            raise AttributeError(
-                f"Cannot set attribute {name}. To set Variable metadata use either:\n\n"
-                f"  variable.set_metadata({name}=value)\n\nor\n\n  variable.set_metadata('{name}', value)"
-            )
+            raise AttributeError(f"Cannot set attribute {name} of a {type(self).__name__}: metadata are set by "
+                                 f"variable.set_metadata({name}=...), the value by variable[...] = ...")  # fmt: skip
 
     def __getitem__(self, key) -> Any:
         return self.get_value(index=key)
@@ -533,6 +527,10 @@ def _as_tuple(hooks) -> tuple:
     return tuple(hooks) if isinstance(hooks, (tuple, list)) else (hooks,) if hooks else ()
 
 
+def _warn_old(what: str, instead: str) -> None:
+    warnings.warn(f"{what} of a Variable is deprecated: use {instead}.", DeprecationWarning, stacklevel=3)
+
+
 def _value_of(x):
     return x.get_value() if isinstance(x, Variable) else x
 
@@ -557,7 +555,7 @@ def _forward(name: str, function: Callable) -> None:
 
 
 def _no_inplace(self, other):
-    raise NotImplementedError("In-place operations are no longer supported for Variable.\nUse `variable[...] += x` instead.")
+    raise NotImplementedError("In-place operations on the Variable itself would rebind its name: write `variable[...] += x`.")
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "lshift", "rshift", "and", "or", "xor",
@@ -698,8 +696,7 @@ def register_variable_name(name: str, typ: Any = MISSING, *, overwrite: bool = F
     if typ is MISSING:
         return lambda cls: register_variable_name(name, cls, overwrite=overwrite)
     if name in _types_by_name and not overwrite:
-        raise ValueError(f"Name {name} already mapped to type {_types_by_name[name]}. To overwrite, call "
-                         "register_variable_name() with `overwrite=True`.")  # fmt: skip
+        raise ValueError(f"Name {name} already mapped to type {_types_by_name[name].__name__}: choose another, or pass overwrite=True.")
     _types_by_name[name] = typ
     return typ
 
@@ -708,8 +705,8 @@ def variable_type_from_name(name: str, /, *, base: type[Variable] = Variable, al
     """The Variable type of a collection name; with `allow_register` an unknown name gets a new subclass of `base`."""
     if name not in _types_by_name:
         if not allow_register:
-            raise ValueError(f"Name {name} is not registered in the registry. To register a new name, use "
-                             "register_variable_name() or set allow_register=True.")  # fmt: skip
+            raise ValueError(f"no Variable type goes by the name '{name}': it is not registered. Register one with "
+                             "register_variable_name(), or pass allow_register=True.")  # fmt: skip
         register_variable_name(name, VariableMeta(name, (base,), {"__slots__": ()}))
     return _types_by_name[name]
 
@@ -720,8 +717,8 @@ def variable_name_from_type(typ: type[Variable], /, *, allow_register: bool = Fa
         if known is typ:
             return name
     if not allow_register:
-        raise ValueError(f"Type {typ} is not registered in the registry. To register a new type, use "
-                         "register_variable_name() or set allow_register=True.")  # fmt: skip
+        raise ValueError(f"{typ.__name__} has no collection name: it is not registered. Register one with "
+                         "register_variable_name(), or pass allow_register=True.")  # fmt: skip
     name = typ.__name__
     if name in _types_by_name:
         raise ValueError(f"Name {name} already mapped to type {_types_by_name[name]}.")

@@ -39,6 +39,9 @@ class Way:
     sharding: Any
     donated: bool
 
+    def __str__(self):
+        return f"{self.sharding}, donated" if self.donated else f"{self.sharding}"
+
 
 class _WayRule(Rule):
     def __init__(self, spec: Rule, donated: bool):
@@ -121,13 +124,13 @@ class Arguments:
     def join(f: Callable, static: Any) -> Callable:
         """`f` of the dynamic arguments alone."""
         if static is None:
-            return lambda args, kwargs: f(*args, **kwargs)
+            return lambda given: f(*given["args"], **given["kwargs"])
 
-        def joined(args, kwargs):
-            whole = list(args)
+        def joined(given):
+            whole = list(given["args"])
             for n, value in static[0]:
                 whole.insert(n, value)
-            return f(*whole, **kwargs, **dict(static[1]))
+            return f(*whole, **given["kwargs"], **dict(static[1]))
 
         return joined
 
@@ -205,7 +208,7 @@ class JitWrapped:
             count = len(jax.tree.leaves(kwargs[name], is_leaf=is_root))
             ways += [Way(None, name in self.arguments.donated_names)] * count
         boundary = Boundary(self.arguments.join(self.fun, static), self.mode, self.out_labels, keep=_comes_back)
-        groups = boundary.enter((args, kwargs), specs=ways, labels=(Way(None, False),))
+        groups = boundary.enter({"args": args, "kwargs": kwargs}, specs=ways, labels=(Way(None, False),))
         return boundary, groups
 
     def program(self, boundary: Boundary, static: Any) -> Any:
