@@ -31,7 +31,6 @@ from .flatten import (
     _Build,
     _Walk,
     duplicate_error,
-    flatten_graph,
     is_graph_node,
     walk_defs,
 )
@@ -40,6 +39,7 @@ from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
 from .state import State, create_path_filters
 from .variable import Variable, frozen_metadata
+from .walk import data_items
 
 
 class Mode(NamedTuple):
