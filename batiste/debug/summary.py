@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from batiste.graph import (
@@ -37,6 +37,7 @@ from batiste.graph.errors import ArgumentError
 from batiste.graph.optional import need
 from batiste.graph.represent import Size, sizes_by_kind
 
+from .cost import flops, marked, region
 from .show import in_ipython
 
 __all__ = ["CallInfo", "filter_rng_streams", "tabulate"]
@@ -44,6 +45,7 @@ __all__ = ["CallInfo", "filter_rng_streams", "tabulate"]
 Path = tuple[Any, ...]
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 BASES = (Pytree, Object, Module, List, Dict)  # their methods are those of all models, and are not reported
+COLUMNS = ("path", "type", "inputs", "outputs")
 EXTRA = "display"
 
 
@@ -94,86 +96,101 @@ def tabulate(
     Raises:
         ArgumentError: the object has no such method.
     """
+    columns = list(COLUMNS) + ["flops"] * compute_flops + ["vjp_flops"] * compute_vjp_flops
     parts = {path: x for path, x in iter_graph(obj, graph=True) if isinstance(x, Pytree)}
     if callable(getattr(obj, method, None)):
-        calls = _calls(obj, method, input_args, input_kwargs, compute_flops, compute_vjp_flops)
+        calls = _calls(obj, method, input_args, input_kwargs, columns)
     elif method != "__call__" or input_args or input_kwargs:
         raise ArgumentError(
             f"{type(obj).__name__} has no method {method!r} to call",
             fix="pass method=, or no arguments to list its parts",
         )
     else:
-        calls = {
-            path: CallInfo(i, id(parts[path]), type(parts[path]), path, "", "") for i, path in enumerate(_listed(parts))
-        }
+        calls = _listed(parts)
     rows = [
         (call, parts[path])
-        for path, call in calls.items()
+        for path, call in calls
         if path in parts and (depth is None or len(path) <= depth) and row_filter(call)
     ]
-    columns = ["path", "type", "inputs", "outputs"] + ["flops"] * compute_flops + ["vjp_flops"] * compute_vjp_flops
     return _render(obj, columns, rows, table_kwargs, column_kwargs, console_kwargs)
 
 
-def _listed(parts: Mapping[Path, Any]) -> list[Path]:
-    """The paths of all parts but containers, parents first."""
+def _listed(parts: Mapping[Path, Any]) -> Iterator[tuple[Path, CallInfo]]:
+    """A row for each part but containers, parents first, without a call."""
     paths = [path for path, part in parts.items() if not path or not isinstance(part, (List, Dict))]
-    return sorted(paths, key=lambda path: tuple(map(str, path)))
+    for order, path in enumerate(sorted(paths, key=lambda path: tuple(map(str, path)))):
+        yield path, CallInfo(order, id(parts[path]), type(parts[path]), path, "", "")
 
 
 # ---------------------------------------------------------------- calling the model, watched
 
+Row = tuple[Path, str]  # a part's path, and the method
+
 
 @dataclass
 class _Call:
-    """A call that was seen: of what, and what is needed to repeat it."""
+    """The first call of a method of a part; `tags` mark this one and all that follow."""
 
     order: int
     part: Any
-    name: str
-    repeat: Callable[..., Any] | None
     inputs: str
     outputs: str = ""
+    tags: list[str] = field(default_factory=list)
 
 
 def _calls(
-    obj: Any, method: str, args: tuple, kwargs: dict[str, Any], flops: bool, vjp_flops: bool
-) -> dict[Path, CallInfo]:
-    """The first call of each part, by its path, in the order of the calls."""
-    graphdef, leaves = _values_of((obj, args, kwargs))
-    seen: dict[Path, _Call] = {}
+    obj: Any, method: str, args: tuple, kwargs: dict[str, Any], columns: list[str]
+) -> Iterator[tuple[Path, CallInfo]]:
+    """The first call of each method of each part, with the part's path, in the order of the calls."""
+    graphdef, leaves = split((obj, args, kwargs), graph=True)
+    seen: dict[Row, _Call] = {}
+    count = itertools.count()
 
-    def watched(leaves):
-        copy, args, kwargs = merge(graphdef, leaves)
-        paths = {id(x): path for path, x in iter_graph(copy, graph=True) if isinstance(x, Pytree)}
+    def watched(values: Any) -> None:
+        copy, args, kwargs = merge(graphdef, values)
+        parts = {id(x): (path, x) for path, x in iter_graph(copy, graph=True) if isinstance(x, Pytree)}
 
         def report(part: Any, name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-            path = paths.get(id(part))
-            if path is None or path in seen:
+            if id(part) not in parts:
                 return function(part, *args, **kwargs)
-            repeat = _repeatable(function, part, args, kwargs) if flops or vjp_flops else None
-            call = seen[path] = _Call(len(seen), part, name, repeat, _inputs_text(args, kwargs))
-            output = function(part, *args, **kwargs)
-            call.outputs = _outline(output)
+            row = (parts[id(part)][0], name)
+            new = row not in seen
+            call = seen.setdefault(row, _Call(len(seen), part, _inputs_text(args, kwargs)))
+            call.tags.append(f"call_{next(count)}")
+            output = marked(call.tags[-1], lambda: function(part, *args, **kwargs), is_leaf=_is_object)
+            if new:
+                call.outputs = "" if output is None else _outline(output)
             return output
 
-        with _watching({type(x) for _, x in iter_graph(copy, graph=True) if isinstance(x, Pytree)}, report):
+        with _watching({type(x) for _, x in parts.values()}, report):
             getattr(copy, method)(*args, **kwargs)
 
-    jax.eval_shape(watched, leaves)
-    return {
-        path: CallInfo(
-            call_order=call.order,
-            object_id=id(call.part),
-            type=type(call.part),
-            path=path if call.name == "__call__" else (*path, call.name),
-            inputs_repr=call.inputs,
-            outputs=call.outputs,
-            flops=call.repeat(backward=False) if call.repeat and flops else None,
-            vjp_flops=call.repeat(backward=True) if call.repeat and vjp_flops else None,
+    jaxpr = jax.make_jaxpr(watched)(as_pure(leaves)).jaxpr
+    for (path, name), call in seen.items():
+        part = (
+            next(filter(None, (region(jaxpr, tag) for tag in call.tags)), None) if len(columns) > len(COLUMNS) else None
         )
-        for path, call in seen.items()
-    }
+        yield (
+            path,
+            CallInfo(
+                call_order=call.order,
+                object_id=id(call.part),
+                type=type(call.part),
+                path=path if name == "__call__" else (*path, name),
+                inputs_repr=call.inputs,
+                outputs=call.outputs,
+                flops=_flops(part, False) if "flops" in columns else None,
+                vjp_flops=_flops(part, True) if "vjp_flops" in columns else None,
+            ),
+        )
+
+
+def _flops(part: Any, backward: bool) -> int:
+    return 0 if part is None else flops(part, backward)
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, (Pytree, Variable))
 
 
 _patching = threading.Lock()
@@ -215,47 +232,6 @@ def _unbound(function: Any) -> Callable:
     return lambda self, *args, **kwargs: function.__get__(self, type(self))(*args, **kwargs)
 
 
-# ---------------------------------------------------------------- what a call costs
-
-
-def _repeatable(function: Callable, part: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[..., int]:
-    """A function that lowers the call anew, alone, and asks XLA for its cost."""
-    graphdef, leaves = _values_of((part, args, kwargs))
-    values, treedef = jax.tree.flatten(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), leaves)
-    )
-
-    def forward(values: list[Any]) -> list[Any]:
-        part, args, kwargs = merge(graphdef, treedef.unflatten(values))
-        return [x for x in jax.tree.leaves(function(part, *args, **kwargs)) if hasattr(x, "dtype")]
-
-    def forward_and_backward(values: list[Any]) -> Any:
-        chosen = [i for i, x in enumerate(values) if _is_inexact(x)]
-
-        def of_chosen(some):
-            replaced = dict(zip(chosen, some))
-            return [y for y in forward([replaced.get(i, x) for i, x in enumerate(values)]) if _is_inexact(y)]
-
-        outputs, pullback = jax.vjp(of_chosen, [values[i] for i in chosen])
-        return outputs, pullback([jnp.ones_like(x) for x in outputs])
-
-    def repeat(backward: bool) -> int:
-        cost = jax.jit(forward_and_backward if backward else forward).lower(values).cost_analysis() or {}
-        return int(cost.get("flops", 0))  # type: ignore[union-attr]
-
-    return repeat
-
-
-def _values_of(x: Any) -> tuple[Any, Any]:
-    """The structure of any objects, and the values of their leaves alone."""
-    graphdef, leaves = split(x, graph=True)
-    return graphdef, as_pure(leaves)
-
-
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 # ---------------------------------------------------------------- texts
 
 
@@ -279,7 +255,7 @@ def _outline(x: Any) -> str:
         return "\n".join("- " + _outline(value).replace("\n", "\n  ") for value in x)
     if isinstance(x, Pytree) or inspect.isroutine(x) or isinstance(x, type):
         return str(getattr(x, "__name__", type(x).__name__))
-    return "" if x is None else _escape(str(x))
+    return _escape(str(x))
 
 
 def _entry(key: Any, value: Any) -> str:
@@ -314,7 +290,7 @@ def _own_variables(part: Any) -> dict[str, dict[str, Variable]]:
     found: list[tuple[Path, Variable]] = []
     for path, x in iter_graph(part, graph=True):
         if isinstance(x, Variable):
-            if _outline(x):
+            if x.get_value() is not None:
                 found.append((path, x))
         elif path and isinstance(x, Pytree) and not isinstance(x, (List, Dict)):
             owners.add(path)
@@ -349,11 +325,13 @@ def _render(
     table.add_column(columns[-1], **{"footer": text("Total", justify="right"), **column_kwargs})
     for kind, size in totals.items():
         table.add_column(kind, **{"footer": f"[bold]{_size_text(size)}[/bold]", **column_kwargs})
+    shown: set[int] = set()
     for call, part in rows:
-        sizes, own = sizes_by_kind(part), _own_variables(part)
-        costs = {"flops": call.flops, "vjp_flops": call.vjp_flops}
+        again = id(part) in shown  # another method of it
+        sizes, own = ({}, {}) if again else (sizes_by_kind(part), _own_variables(part))
+        shown.add(id(part))
         cells = [_escape("/".join(map(str, call.path))), call.type.__name__, call.inputs_repr, call.outputs]
-        cells += [str(costs[column]) for column in columns[4:]]
+        cells += [str(getattr(call, column)) for column in columns[len(COLUMNS) :]]
         for kind in totals:
             listed = _outline(own[kind]) + "\n\n" if kind in own else ""
             cells.append(listed + (f"[bold]{_size_text(sizes[kind])}[/bold]" if kind in sizes else ""))
