@@ -496,7 +496,7 @@ def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
         text += f"Without graph updates, nnx.{what} can take an object once, and cannot hand an input out again.\n"
         fix = f"remove the duplicate, pass a copy (nnx.clone), or use nnx.{what}(..., graph=True, graph_updates=True) or nnx.compat.{what}"
     else:
-        text += "A tree (graph=False) cannot hold one object twice.\n"
+        text += "A tree (graph=False) does not support shared references.\n"
         fix = "remove the duplicate, or pass graph=True"
     return AliasError(text, fix=fix)
 

@@ -160,7 +160,7 @@ def capture(fn: Any, *var_types: type[Variable], init: State | None = None, meth
         capturing.depth += 1
         try:
             for path, module in held:
-                setattr(module, CAPTURES, data(tuple(_box(kind, start.get(path, {}), var_types) for kind in var_types)))
+                setattr(module, CAPTURES, data(_boxes(var_types, start.get(path, {}))))
             with _recording([module for _, module in held], method_outputs):
                 result = fn(*args, **kwargs)
             states = _collect(held, var_types)
@@ -176,10 +176,10 @@ def capture(fn: Any, *var_types: type[Variable], init: State | None = None, meth
     return captured
 
 
-def _box(kind: type[Variable], start: Mapping[str, Any], var_types: tuple) -> Variable:
-    """The hidden Variable in which one module collects the values of one type."""
-    return kind({name: x.get_value() if isinstance(x, Variable) else x for name, x in start.items()
-                 if (type(x) if isinstance(x, Variable) else var_types[0]) is kind})  # fmt: skip
+def _boxes(var_types: tuple[type[Variable], ...], start: Mapping[str, Variable]) -> tuple[Variable, ...]:
+    """The hidden Variables of one module, one for each type that is collected or begun with."""
+    kinds = dict.fromkeys([*var_types, *map(type, start.values())])
+    return tuple(kind({name: x.get_value() for name, x in start.items() if type(x) is kind}) for kind in kinds)
 
 
 def _collect(held: list[tuple[tuple, Module]], var_types: tuple[type[Variable], ...]) -> list[State]:
@@ -187,6 +187,8 @@ def _collect(held: list[tuple[tuple, Module]], var_types: tuple[type[Variable], 
     for path, module in held:
         for box in module.__dict__[CAPTURES]:
             kind = type(box)
+            if kind not in var_types:
+                continue  # begun with, but not asked for
             at = next(n for n, t in enumerate(var_types) if issubclass(kind, t))
             for name, value in box.get_value().items():
                 states[at][(*path, name)] = kind(value)
