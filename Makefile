@@ -42,7 +42,7 @@ demo: $(READY)  ## train a small convolutional network and show how it did (DATA
 	$(RUN) examples/digits.py --data $(DATA) $(if $(filter digits,$(DATA)),--require 0.98) $(ARGS)
 
 test: $(READY)  ## run every test and every example in a docstring (ARGS='-k words' chooses)
-	JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
 
 lint: $(LINTERS)  ## style, format and types
 	$(VENV)/bin/ruff check .
