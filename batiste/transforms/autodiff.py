@@ -88,9 +88,14 @@ def _differentiate(f: Callable, name: str, argnums: Any, has_aux: bool, graph: A
         boundary, diff, rest = _enter(call, mode, xs, specs_of(xs, chosen))
         crossing = boundary.crossing
 
+        @functools.wraps(f)
         def loss(diff: list[Any]) -> Any:
             out, groups, note = _call(crossing, diff, rest, has_aux)
-            return (out[0] if has_aux else out), (groups, note)
+            value = out[0] if has_aux else out
+            if is_root(value):
+                raise AutodiffError("Gradient only defined for scalar-output functions", got=f"a {type(value).__name__}",
+                                    fix="return the value of the Variable: v[...]")  # fmt: skip
+            return value, (groups, note)
 
         (_, (groups, note)), gradients = jax.value_and_grad(loss, has_aux=True, **options)(diff)
         shown = Likeness(crossing.walked, mode).show(_spread(crossing, gradients))
@@ -168,7 +173,7 @@ def vjp(f: Any = MISSING, *primals: Any, has_aux: bool = False, reduce_axes: Seq
     chosen = {n: DiffState(n, Param) if mode.live else DIFF for n in range(len(primals))}
     boundary, diff, rest = _enter(f, mode, primals, specs_of(primals, chosen))
     crossing = boundary.crossing
-    values = functools.partial(_outputs, crossing, rest, has_aux)
+    values = functools.wraps(f)(functools.partial(_outputs, crossing, rest, has_aux))
     out, pullback, (others, note) = jax.vjp(values, diff, has_aux=True, reduce_axes=reduce_axes)
     output = Output.of(note, mode, has_aux)
 
@@ -228,7 +233,7 @@ def jvp(f: Any = MISSING, primals: Any = MISSING, tangents: Any = MISSING, *, ha
     crossing = boundary.crossing
     given = Likeness(crossing.walked, mode).read(tuple(tangents), "the tangent argument to nnx.jvp")
     given = [zero_tangent(x) if given[n] is None else given[n] for n, x in zip(crossing.order[0], diff)]
-    values = functools.partial(_outputs, crossing, rest, has_aux)
+    values = functools.wraps(f)(functools.partial(_outputs, crossing, rest, has_aux))
     out, out_tangents, (others, note) = jax.jvp(values, (diff,), (given,), has_aux=True)
     result = boundary.leave(_with_outputs(others, out), note)
     tangent = Output.of(note, mode, has_aux).show(out_tangents)

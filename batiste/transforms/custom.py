@@ -62,7 +62,7 @@ class CustomVjp:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.fwd is None or self.bwd is None:
             name = getattr(self.fun, "__name__", repr(self.fun))
-            raise MissingRuleError(f"No VJP defined for custom_vjp function {name} using defvjp", fix=f"{name}.defvjp(fwd, bwd)")
+            raise MissingRuleError(f"No VJP defined for custom_vjp function {name} using defvjp", fix="call f.defvjp(fwd, bwd) first")
         return _Call(self, *bound(self.fun, args, kwargs)).run()
 
 
@@ -83,12 +83,19 @@ class _Call:
         self.boundary = Boundary(call, self.mode, ANY, keep=(lambda label: True) if self.mode.live else None)
         self.diff, self.rest, _ = self.boundary.enter(xs, specs=specs, labels=(DIFF, REST, ANY))
         self.crossing = self.boundary.crossing
+        self.note: Note | None = None
         self.rule = by_position(owner.fwd, args, {}, owner.static)[0]  # type: ignore[arg-type]
 
     def run(self) -> Any:
-        f = jax.custom_vjp(lambda _, *groups: self.crossing.run(groups), nondiff_argnums=(0,))
+        f = jax.custom_vjp(functools.wraps(self.owner.fun)(functools.partial(self.primal)), nondiff_argnums=(0,))
         f.defvjp(self.forward, self.backward, symbolic_zeros=self.owner.symbolic_zeros)
         return self.boundary.leave(f(self.static, self.diff, self.rest))
+
+    def primal(self, static: tuple, *groups: Sequence[Any]) -> tuple[list[Any], ...]:
+        """What `jax.custom_vjp` calls where nothing is differentiated."""
+        came = self.crossing.run(groups)
+        self.note = self.crossing.note
+        return came
 
     def forward(self, static: tuple, *groups: Sequence[Any]) -> tuple[Any, Any]:
         """What `jax.custom_vjp` calls for the forward pass: all that comes back, and what the backward pass needs."""
@@ -98,6 +105,9 @@ class _Call:
         args, opened = crossing.open(before)
         out, residuals = self.rule(*args)
         came = crossing.close(before, opened, out)
+        if self.note is not None and self.note.labels != crossing.note.labels:
+            raise AutodiffError("fwd must return the same structure as the function and change the same Variables",
+                                got=self.changed(crossing.note), expected=self.changed(self.note))  # fmt: skip
         kept = flatten_graph(residuals)
         return tuple([_plain(x) for x in part] for part in came), (kept.values(), kept.graphdef, crossing.note)
 
@@ -124,6 +134,11 @@ class _Call:
             if x is not None and np.shape(x) != shape:
                 raise ShapeError("the result of bwd has another shape than its argument", at=show_path(path), got=np.shape(x), expected=shape)
         return [found[n] for n in crossing.order[0]], [None] * len(crossing.order[1])
+
+    def changed(self, note: Note) -> str:
+        """What a trace brought back, in words."""
+        paths = [show_path(self.crossing.paths[n]) for n in note.changed]
+        return f"{len(note.labels) - len(paths)} results and changes of {', '.join(paths) or 'no Variable'}"
 
     def is_wanted(self, n: int) -> bool:
         return self.crossing.leaf_labels[n] is DIFF
@@ -164,4 +179,7 @@ def custom_vjp(fun: Any = MISSING, *, nondiff_argnums: tuple[int | DiffState, ..
     """
     if fun is MISSING:
         return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums, graph=graph, graph_updates=graph_updates)
-    return CustomVjp(fun, Mode.of("custom_vjp", graph, graph_updates), nondiff_argnums)
+    mode = Mode.of("custom_vjp", graph, graph_updates)
+    if not mode.live:  # a rule returns one cotangent per place, so no object may stand at two
+        mode = mode._replace(graph=False)
+    return CustomVjp(fun, mode, nondiff_argnums)

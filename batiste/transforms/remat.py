@@ -59,6 +59,7 @@ def remat(f: Any = MISSING, *, prevent_cse: bool = True, static_argnums: int | t
         groups = boundary.enter(xs)
         crossing = boundary.crossing
 
+        @functools.wraps(f)
         def run(*groups):
             return crossing.run(groups), crossing.note
 

@@ -19,9 +19,10 @@ from .arguments import by_position, static_places
 from .compile import refuse_bound_method
 
 
-def _run(crossing: Crossing) -> Callable:
-    """The function of flat values, which hands its note out."""
+def _run(f: Callable, crossing: Crossing) -> Callable:
+    """The function of flat values, which hands its note out; JAX's messages call it `f`."""
 
+    @functools.wraps(f)
     def run(*groups):
         return crossing.run(groups), crossing.note
 
@@ -39,13 +40,13 @@ def eval_shape(f: Callable, *args: Any, graph: bool | None = None, graph_updates
     boundary = Boundary(call, mode, keep=lambda label: True)
     entry = boundary.enter(xs)
     crossing = boundary.crossing
-    groups, note = jax.eval_shape(_run(crossing), *entry)
+    groups, note = jax.eval_shape(_run(f, crossing), *entry)
     values = boundary.flat.values()
     objects = crossing.open(values)[1].objects  # what came back is written into copies
     leaves = [x if n is None else objects[n] for x, n in zip(values, crossing.numbers)]
     out = write_back(note, ungroup(crossing.labels, groups, note.labels), leaves, objects)
     for x in flatten_graph(out).leaves:
-        if isinstance(x, Variable):
+        if isinstance(x, Variable) and not (x.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()).empty:
             x.set_raw_value(sharded_struct(x).get_raw_value())
     return out
 
@@ -67,6 +68,7 @@ def make_jaxpr(f: Any = MISSING, *, graph: bool | None = None, graph_updates: bo
         boundary.enter(xs, labels=(None, ANY))
         crossing = boundary.crossing
 
+        @functools.wraps(f)
         def run(values):
             inside, opened = crossing.open(values)
             return crossing.close(values, opened, call(*inside))[1]
@@ -92,7 +94,7 @@ def checkify(f: Callable, errors: frozenset = jax_checkify.user_checks, graph: b
         call, xs = by_position(f, args, kwargs)
         boundary = Boundary(call, mode)
         groups = boundary.enter(xs)
-        error, (groups, note) = jax_checkify.checkify(_run(boundary.crossing), errors=errors)(*groups)
+        error, (groups, note) = jax_checkify.checkify(_run(f, boundary.crossing), errors=errors)(*groups)
         return error, boundary.leave(groups, note)
 
     return checked
