@@ -78,6 +78,7 @@ class PyTreeNode:
     """
 
     def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__()  # for Generic among the bases
         dataclass(cls, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -53,7 +53,8 @@ def _cut(jaxpr: jex.Jaxpr, tag: str, outputs: list[Any]) -> jex.ClosedJaxpr:
             wanted.difference_update(eqn.outvars)
             wanted.update(v for v in eqn.invars if isinstance(v, jex.Var))
     effects = frozenset().union(*(eqn.effects for eqn in inside))
-    return jex.ClosedJaxpr(jex.Jaxpr([], list(wanted), outputs, inside, effects), [])
+    names = jaxpr.debug_info.with_unknown_names()
+    return jex.ClosedJaxpr(jex.Jaxpr([], list(wanted), outputs, inside, effects, names), [])
 
 
 def flops(part: jex.ClosedJaxpr, backward: bool = False) -> int:

@@ -51,7 +51,7 @@ EXTRA = "display"
 
 @dataclass(frozen=True)
 class CallInfo:
-    """One row: the first call of an object. Texts carry rich's markup."""
+    """One row: a call of an object. Texts carry rich's markup."""
 
     call_order: int
     object_id: int
@@ -124,16 +124,15 @@ def _listed(parts: Mapping[Path, Any]) -> Iterator[tuple[Path, CallInfo]]:
 
 # ---------------------------------------------------------------- calling the model, watched
 
-Row = tuple[Path, str]  # a part's path, and the method
+Row = tuple[Path, str, str]  # a part's path, the method, and its inputs as text
 
 
 @dataclass
 class _Call:
-    """The first call of a method of a part; `tags` mark this one and all that follow."""
+    """The first call of a row; `tags` mark this one and all that follow."""
 
     order: int
     part: Any
-    inputs: str
     outputs: str = ""
     tags: list[str] = field(default_factory=list)
 
@@ -141,7 +140,7 @@ class _Call:
 def _calls(
     obj: Any, method: str, args: tuple, kwargs: dict[str, Any], columns: list[str]
 ) -> Iterator[tuple[Path, CallInfo]]:
-    """The first call of each method of each part, with the part's path, in the order of the calls."""
+    """The calls of each part that differ in method or inputs, with the part's path, in their order."""
     graphdef, leaves = split((obj, args, kwargs), graph=True)
     seen: dict[Row, _Call] = {}
     count = itertools.count()
@@ -153,9 +152,9 @@ def _calls(
         def report(part: Any, name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             if id(part) not in parts:
                 return function(part, *args, **kwargs)
-            row = (parts[id(part)][0], name)
+            row = (parts[id(part)][0], name, _inputs_text(args, kwargs))
             new = row not in seen
-            call = seen.setdefault(row, _Call(len(seen), part, _inputs_text(args, kwargs)))
+            call = seen.setdefault(row, _Call(len(seen), part))
             call.tags.append(f"call_{next(count)}")
             output = marked(call.tags[-1], lambda: function(part, *args, **kwargs), is_leaf=_is_object)
             if new:
@@ -166,7 +165,7 @@ def _calls(
             getattr(copy, method)(*args, **kwargs)
 
     jaxpr = jax.make_jaxpr(watched)(as_pure(leaves)).jaxpr
-    for (path, name), call in seen.items():
+    for (path, name, inputs), call in seen.items():
         part = (
             next(filter(None, (region(jaxpr, tag) for tag in call.tags)), None) if len(columns) > len(COLUMNS) else None
         )
@@ -177,7 +176,7 @@ def _calls(
                 object_id=id(call.part),
                 type=type(call.part),
                 path=path if name == "__call__" else (*path, name),
-                inputs_repr=call.inputs,
+                inputs_repr=inputs,
                 outputs=call.outputs,
                 flops=_flops(part, False) if "flops" in columns else None,
                 vjp_flops=_flops(part, True) if "vjp_flops" in columns else None,
@@ -325,11 +324,8 @@ def _render(
     table.add_column(columns[-1], **{"footer": text("Total", justify="right"), **column_kwargs})
     for kind, size in totals.items():
         table.add_column(kind, **{"footer": f"[bold]{_size_text(size)}[/bold]", **column_kwargs})
-    shown: set[int] = set()
     for call, part in rows:
-        again = id(part) in shown  # another method of it
-        sizes, own = ({}, {}) if again else (sizes_by_kind(part), _own_variables(part))
-        shown.add(id(part))
+        sizes, own = sizes_by_kind(part), _own_variables(part)
         cells = [_escape("/".join(map(str, call.path))), call.type.__name__, call.inputs_repr, call.outputs]
         cells += [str(getattr(call, column)) for column in columns[len(COLUMNS) :]]
         for kind in totals:
