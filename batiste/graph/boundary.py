@@ -175,11 +175,11 @@ def labels_in(prefix: Any) -> list[Any]:
     return found
 
 
-def broadcast(prefix: Any, tree: Any, name: str) -> list[Any]:
+def broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool] = is_root) -> list[Any]:
     """What the prefix says of each leaf (plain leaf or root object) of `tree`: a label, or a rule that gives one."""
     if not isinstance(prefix, (tuple, list, dict)):
         spec = _Shaped(prefix) if is_root(prefix) else prefix
-        return [spec] * len(jax.tree.leaves(tree, is_leaf=is_root))
+        return [spec] * len(jax.tree.leaves(tree, is_leaf=is_leaf))
     if isinstance(prefix, list) and isinstance(tree, tuple):
         prefix = tuple(prefix)
     specs, structure = jax.tree.flatten(prefix, is_leaf=_is_spec)
@@ -190,7 +190,7 @@ def broadcast(prefix: Any, tree: Any, name: str) -> list[Any]:
                             expected=f"a prefix of {jax.tree.structure(tree, is_leaf=is_root)}") from error  # fmt: skip
     found: list[Any] = []
     for spec, part in zip(specs, parts):
-        count = len(jax.tree.leaves(part, is_leaf=is_root))
+        count = len(jax.tree.leaves(part, is_leaf=is_leaf))
         found += [_Shaped(spec) if is_root(spec) else spec] * count
     return found
 

@@ -509,6 +509,7 @@ class _Unchanged:
 
 UNCHANGED = _Unchanged()
 """A leaf's new value that says: keep the one that is there."""
+jax.tree_util.register_pytree_node(_Unchanged, lambda _: ((), None), lambda *_: UNCHANGED)
 
 
 def unflatten_graph(root: Any, leaves: Iterable[Any], *, reuse: Mapping[int, Any] | None = None, copy: bool = False):

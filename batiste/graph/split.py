@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -45,13 +45,21 @@ def split(node: Any, *filters: Filter, graph: bool | None = None):
         StructureError: a leaf is matched by no filter; end the list with `...`.
     """
     flat = flatten_node(node, graph)
-    pairs = zip(flat.paths, flat.leaves)
+    return flat.graphdef, *cut(zip(flat.paths, flat.leaves), filters)
+
+
+def cut(pairs: Iterable[tuple[tuple, Any]], filters: Sequence[Filter], form: Callable[[list], Any] = _nest) -> tuple[Any, ...]:
+    """`form` of all pairs `(path, leaf)`; with filters, of the pairs that each is the first to match.
+
+    Raises:
+        StructureError: a leaf is matched by no filter.
+    """
     if not filters:
-        return flat.graphdef, _nest(pairs)
+        return (form(list(pairs)),)
     *found, rest = _sort_out(pairs, filters)
     if rest:
         raise _not_exhaustive(FlatState(rest, sort=True))
-    return (flat.graphdef, *map(_nest, found))
+    return tuple(map(form, found))
 
 
 def state(node: Any, *filters: Filter, graph: bool | None = None):
