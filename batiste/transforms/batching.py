@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vmap and pmap: one function for many values, along axes of arrays and of the Variables inside objects."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from batiste.graph.boundary import Boundary, Crossing, Mode, broadcast, is_root
+from batiste.graph.variable import MISSING
+
+from .axes import NO_METADATA, check_function, check_sizes, explain_batched, positional, without_axis_names
+from .compile import Arguments, _way
+
+
+def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Hashable | None = None,
+         axis_size: int | None = None, spmd_axis_name: Hashable | tuple[Hashable, ...] | None = None,
+         transform_metadata: Mapping[str, Any] = NO_METADATA, graph: bool | None = None,
+         graph_updates: bool | None = None) -> Any:  # fmt: skip
+    """`jax.vmap` for functions of live objects: the Variables inside have lost the mapped axis, and get it back.
+
+    Args:
+        in_axes, out_axes: prefixes of axes; `StateAxes` or the result of `nnx.prefix` may stand for a module.
+        transform_metadata: `{nnx.PARTITION_NAME: name}` takes the axis' name out of the Variables' metadata inside.
+        graph, graph_updates: see `set_graph_mode` and `set_graph_updates`.
+
+    Raises:
+        ArgumentError: `f` is a bound method; or a Variable with the axis None was written with values that differ.
+        AliasError: one object gets two axes.
+        ShapeError: the axes differ in size.
+
+    >>> import jax.numpy as jnp
+    >>> from batiste import nnx
+    >>> weights = nnx.Param(jnp.arange(6.0).reshape(3, 2))
+    >>> vmap(lambda w, x: w @ x, in_axes=(0, None))(weights, jnp.ones(2))
+    Array([1., 5., 9.], dtype=float32)
+    """
+    if f is MISSING:
+        return functools.partial(vmap, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name, axis_size=axis_size,
+                                 spmd_axis_name=spmd_axis_name, transform_metadata=transform_metadata, graph=graph,
+                                 graph_updates=graph_updates)  # fmt: skip
+    mode = Mode.of("vmap", graph, graph_updates)
+    check_function(f, mode, in_axes, out_axes)
+    metadata = transform_metadata if mode.live else NO_METADATA
+    options = dict(axis_name=axis_name, axis_size=axis_size, spmd_axis_name=spmd_axis_name)
+
+    @functools.wraps(f, updated=())
+    def mapped(*args, **kwargs):
+        call, args, axes = positional(f, args, kwargs, in_axes, bind=mode.live)
+        boundary = Boundary(without_axis_names(call, axes, out_axes, metadata), mode, out_axes)
+        groups = boundary.enter(args, axes)
+        check_sizes("vmap", boundary.crossing, boundary.flat.values())
+        try:
+            out = jax.vmap(boundary.run, (boundary.labels,), boundary.labels, **options)(groups)
+        except ValueError as error:
+            raise explain_batched(error, boundary.crossing) from None
+        return boundary.leave(out)
+
+    return mapped
+
+
+def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 0, out_axes: Any = 0,
+         static_broadcasted_argnums: int | Iterable[int] = (), devices: Sequence[jax.Device] | None = None,
+         backend: str | None = None, axis_size: int | None = None, donate_argnums: int | Iterable[int] = (),
+         transform_metadata: Mapping[str, Any] = NO_METADATA, graph: bool | None = None,
+         graph_updates: bool | None = None) -> Any:  # fmt: skip
+    """`jax.pmap` for functions of live objects: `vmap`, with one device per position of the axis.
+
+    Args:
+        static_broadcasted_argnums: the numbers of arguments that are part of the program, and hashable.
+        donate_argnums: the numbers of arguments whose buffers are given away; all their Variables get new ones.
+    """
+    if f is MISSING:
+        return functools.partial(pmap, axis_name=axis_name, in_axes=in_axes, out_axes=out_axes, devices=devices,
+                                 static_broadcasted_argnums=static_broadcasted_argnums, backend=backend,
+                                 axis_size=axis_size, donate_argnums=donate_argnums, graph=graph,
+                                 transform_metadata=transform_metadata, graph_updates=graph_updates)  # fmt: skip
+    mode = Mode.of("pmap", graph, graph_updates)
+    check_function(f, mode, in_axes, out_axes)
+    metadata = transform_metadata if mode.live else NO_METADATA
+    options = dict(axis_name=axis_name, devices=devices, backend=backend, axis_size=axis_size)
+    arguments = Arguments(f, static_broadcasted_argnums, None, donate_argnums, None)
+    out_ways = jax.tree.map(lambda axis: _way(axis, False), out_axes, is_leaf=lambda x: x is None or is_root(x))
+    programs: dict[Any, Callable] = {}
+
+    @functools.wraps(f, updated=())
+    def mapped(*args, **kwargs):
+        args, kwargs, static = arguments.cut(args, kwargs)
+        axes = in_axes
+        if isinstance(axes, (tuple, list)):
+            axes = tuple(axis for n, axis in enumerate(axes) if n not in arguments.static_numbers)
+        join = arguments.join(f, static)
+        call, values, axes = positional(lambda *a, **k: join({"args": a, "kwargs": k}), args, kwargs, axes, bind=False)
+        gifts = [*arguments.dynamic_donated(len(args), static), *[False] * len(kwargs)]
+        gifts = [gift for gift, x in zip(gifts, values) for _ in jax.tree.leaves(x, is_leaf=is_root)]
+        ways = [_way(axis, gift) for axis, gift in zip(broadcast(axes, values, "in_axes"), gifts)]
+        call = without_axis_names(call, axes, out_axes, metadata)
+        boundary = Boundary(call, mode, out_ways, keep=lambda way: way.donated)
+        groups = boundary.enter(values, specs=ways)
+        key = boundary.crossing.key(), static, tuple(sorted(kwargs))
+        if key not in programs:
+            programs[key] = _parallel(boundary.crossing, options)
+        return boundary.leave(*programs[key](groups))
+
+    return mapped
+
+
+def _parallel(crossing: Crossing, options: dict[str, Any]) -> Callable:
+    """The program of one structure of arguments."""
+
+    def run(groups):
+        out = crossing.run(groups)
+        return out, crossing.note
+
+    axes = tuple(way.sharding for way in crossing.labels)
+    donated = (0,) if any(way.donated for way in crossing.labels) else ()
+    return jax.pmap(run, in_axes=(axes,), out_axes=(axes, None), donate_argnums=donated, **options)
