@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear maps and convolutions, under Flax's name."""
+
+from batiste.nn.conv import *  # noqa: F403
+from batiste.nn.linear import *  # noqa: F403
