@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import treescope
 
 from batiste.graph.config import config
 from batiste.graph.represent import Layout, Nested, Size, bytes_text, represent, sizes_by_kind, treescope_form
@@ -188,7 +189,6 @@ def test_bytes_have_units(count, expected):
 
 
 def test_treescope_shows_the_same_items():
-    treescope = pytest.importorskip("treescope")
     shown = treescope.render_to_text(Part(w=Weight(jnp.zeros((2, 3))), row=Row(1), tree=Tree(("a", {"b": 1}))))
     assert "Part( # Weight: 6 (24 B)" in shown
     assert "w=Weight(" in shown
