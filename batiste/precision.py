@@ -29,12 +29,14 @@ def canonicalize_dtype(*args: Any, dtype: DTypeLike | None = None, inexact: bool
     if dtype is None:
         arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in args if x is not None]
         if not arrays:
-            raise ArgumentError("No dtype can be found: at least one array or dtype is required")
+            raise ArgumentError("No dtype can be found: at least one array or dtype is required",
+                                fix="give an array that is not None, or dtype=")  # fmt: skip
         dtype = jnp.result_type(*arrays)
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     elif inexact and not jnp.issubdtype(dtype, jnp.inexact):
-        raise ArgumentError("Dtype must be inexact", got=dtype, expected="a float or complex dtype")
+        raise ArgumentError("Dtype must be inexact", got=jnp.dtype(dtype), expected="a float or complex dtype",
+                            fix="leave dtype=None, or name one such as jnp.bfloat16")  # fmt: skip
     return dtype
 
 

@@ -16,7 +16,9 @@ def check_sizes(layer: Any, **sizes: Any) -> None:
     """Raises an ArgumentError unless every size is a whole number, 0 or more."""
     for name, size in sizes.items():
         if not hasattr(size, "__index__") or size < 0:
-            raise ArgumentError(f"{type(layer).__name__} got a wrong {name}", got=repr(size), expected="a whole number")
+            raise ArgumentError(f"{type(layer).__name__} got wrong {name}", got=repr(size),
+                                expected="a whole number, 0 or more",
+                                fix="write an int; use // where you divide")  # fmt: skip
 
 
 def check_last_dim(layer: Any, x: jax.Array, size: int, argument: str) -> None:

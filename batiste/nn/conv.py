@@ -53,14 +53,16 @@ def canonicalize_padding(padding: PaddingLike, rank: int) -> str | list[tuple[in
         if all(isinstance(pair, Sequence) and len(pair) == 2 and not isinstance(pair, str) for pair in pairs):
             return [(low, high) for low, high in pairs]  # type: ignore[misc]
     expected = f"a name, a number, or a sequence of len {rank} of numbers or pairs (low, high)"
-    raise ArgumentError("Invalid padding format", got=repr(padding), expected=expected)
+    raise ArgumentError("Invalid padding format", got=repr(padding), expected=expected,
+                        fix="write padding=1, padding=[(1, 1), (0, 2)] or padding='SAME'")  # fmt: skip
 
 
 def _per_dim(layer: Module, name: str, value: PerDim, rank: int) -> tuple[int, ...]:
     numbers = tuple(value) if isinstance(value, Sequence) else (1 if value is None else value,) * rank
     if len(numbers) != rank or any(not hasattr(n, "__index__") or n < 1 for n in numbers):
         expected = f"a positive whole number, or one for each of the {rank} spatial dims"
-        raise ArgumentError(f"{type(layer).__name__} got a wrong {name}", got=repr(value), expected=expected)
+        raise ArgumentError(f"{type(layer).__name__} got wrong {name}", got=repr(value), expected=expected,
+                            fix=f"write {name}=2, or as many numbers as kernel_size has")  # fmt: skip
     return numbers
 
 
@@ -69,7 +71,8 @@ def _known_padding(layer: Module, padding: PaddingLike, rank: int, more: tuple[s
     name = canonicalize_padding(padding, rank)
     if isinstance(name, str) and name not in NAMED + more:
         raise ArgumentError(f"{type(layer).__name__} got an unknown padding", got=repr(padding),
-                            expected=f"one of {', '.join(NAMED + more)}, a number, or a pair for each dim")  # fmt: skip
+                            expected=f"one of {', '.join(NAMED + more)}, a number, or a pair for each dim",
+                            fix="choose one of these, or pad by hand and use 'VALID'")  # fmt: skip
 
 
 def _hashable(value: Any) -> Any:
@@ -159,7 +162,8 @@ class Conv(Module):
         if feature_group_count < 1 or in_features % feature_group_count or out_features % feature_group_count:
             got = f"feature_group_count={feature_group_count} for {in_features} -> {out_features} features"
             raise ArgumentError("Conv got groups that do not divide its features", got=got,
-                                expected="a divisor of in_features and of out_features")  # fmt: skip
+                                expected="a divisor of in_features and of out_features",
+                                fix="change feature_group_count, or the numbers of features")  # fmt: skip
         stream = params_stream(self, rngs)
         self.kernel_shape = (*kernel_size, in_features // feature_group_count, out_features)
         self.kernel = make(Param, kernel_init, self.kernel_shape, param_dtype, stream, kernel_metadata)

@@ -278,8 +278,8 @@ class Einsum(Module):
     def __init__(
         self,
         einsum_str: str,
-        kernel_shape: Sequence[int],
-        bias_shape: Sequence[int] | None = None,
+        kernel_shape: int | Sequence[int],
+        bias_shape: int | Sequence[int] | None = None,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -295,8 +295,8 @@ class Einsum(Module):
     ):
         einsum_str = _equation(einsum_str)
         stream = params_stream(self, rngs)
-        kernel_shape = tuple(kernel_shape)
-        bias_shape = None if bias_shape is None else tuple(bias_shape)
+        kernel_shape = as_tuple(kernel_shape)
+        bias_shape = None if bias_shape is None else as_tuple(bias_shape)
         self.kernel = make(Param, kernel_init, kernel_shape, param_dtype, stream, kernel_metadata)
         bias = None if bias_shape is None else make(Param, bias_init, bias_shape, param_dtype, stream, bias_metadata)
         self.bias = data(bias)
@@ -344,7 +344,8 @@ def _equation(text: Any) -> str:
     """`text` without blanks, once it is known to be of the form "x,kernel->y"."""
     form = 'an equation such as "btd,df->btf"'
     if not isinstance(text, str):
-        raise ArgumentError("Einsum needs an einsum_str", got=repr(text), expected=form)
+        raise ArgumentError("Einsum needs an einsum_str", got=repr(text), expected=form,
+                            fix="name the dims of the input, the kernel and the result")  # fmt: skip
     text = text.replace(" ", "")
     if "->" not in text:
         raise ArgumentError('`einsum_str` equation must be explicit and include "->"', got=repr(text), expected=form,

@@ -134,7 +134,8 @@ def _windows(x: Any, window: Any, strides: Any, padding: Padding) -> tuple[Array
         pads = None
     if isinstance(padding, str) or pads is None or len(pads) != len(window):
         raise ArgumentError("Pooling got an unknown padding", got=repr(padding),
-                            expected=f"'VALID', 'SAME', 'SAME_LOWER' or {len(window)} pairs (low, high)")  # fmt: skip
+                            expected=f"'VALID', 'SAME', 'SAME_LOWER' or {len(window)} pairs (low, high)",
+                            fix="choose one of these, or pad by hand and use 'VALID'")  # fmt: skip
     return x, window, strides, pads
 
 
