@@ -25,7 +25,7 @@ Node = TypeVar("Node")
 Path = tuple[Any, ...]
 
 # ---------------------------------------------------------------- the static half: hashable descriptions
-OBJECT, VARIABLE, ARRAY_REF, TREE, REF, LEAF, STATIC = range(7)
+OBJECT, VARIABLE, ARRAY_REF, TREE, REF, LEAF, STATIC, SHARED = range(8)
 
 
 class ObjectDef(NamedTuple):
@@ -41,10 +41,13 @@ class ObjectDef(NamedTuple):
 
 
 class VariableDef(NamedTuple):
+    """A Variable; `ref` is the number of the `jax.Ref` that it holds. If that was met before (SHARED), there is no leaf."""
+
     tag: int
     type: type
     index: int
     metadata: Frozen
+    ref: int | None = None
 
 
 class ArrayRefDef(NamedTuple):
@@ -217,7 +220,7 @@ class GraphDef(Generic[Node]):
     @property
     def nodes(self) -> list[Any]:
         """The descriptions of objects, containers and Variables, in the order they are met."""
-        return [d for _, d in walk_defs(self.root) if d[0] in (OBJECT, VARIABLE, TREE, REF, ARRAY_REF)]
+        return [d for _, d in walk_defs(self.root) if d[0] not in (LEAF, STATIC)]
 
     @property
     def attributes(self) -> list[tuple[Any, Any]]:
@@ -366,11 +369,24 @@ class _Walk:
             if label != entry[1] and label is not ANY:
                 raise inconsistent_error(x, [(entry[2], entry[1]), (path, label)])
             return self.met_again(x, path)
+        if not isinstance(x, Variable):
+            self.leaf(x, path)
+            return ArrayRefDef(ARRAY_REF, self.number(x, path, self.labels[-1]))
+        if x._var_metadata["ref"] and is_ref(x._raw_value):
+            return self.around_ref(x, x._raw_value, path)
         self.leaf(x, path)
-        index = self.number(x, path, self.labels[-1])
-        if isinstance(x, Variable):
-            return VariableDef(VARIABLE, x.type, index, frozen_metadata(x))
-        return ArrayRefDef(ARRAY_REF, index)
+        return VariableDef(VARIABLE, x.type, self.number(x, path, self.labels[-1]), frozen_metadata(x))
+
+    def around_ref(self, x: Variable, ref: Any, path: Path) -> VariableDef:
+        """A Variable that holds a Ref, which other Variables may hold too."""
+        label, entry = self.label_of(path, x), self.seen.get(id(ref))
+        if entry is None:
+            self.leaf(x, path)
+        elif label != entry[1] and label is not ANY:
+            raise inconsistent_error(x, [(entry[2], entry[1]), (path, label)])
+        index = self.number(x, path, label)
+        number = self.number(ref, path, label) if entry is None else entry[0]
+        return VariableDef(VARIABLE if entry is None else SHARED, x.type, index, frozen_metadata(x), number)
 
     def object(self, x: Pytree, path: Path) -> Any:
         entry = self.seen.get(id(x))
@@ -531,7 +547,7 @@ class _Build:
 
     def value(self, d: Any) -> Any:
         tag = d[0]
-        if tag == VARIABLE:
+        if tag == VARIABLE or tag == SHARED:
             return self.variable(d)
         if tag == OBJECT:
             return self.object(d)
@@ -543,14 +559,17 @@ class _Build:
         if tag == STATIC:
             return d.setting.values[0]
         if tag == REF:
-            return self.objects[d.index] if d.index in self.objects else self.reuse[d.index]  # type: ignore[index]
+            return self.met(d.index)
         old = self.reuse.get(d.index) if self.reuse else None
         x = next(self.leaves)
         self.objects[d.index] = x = old if x is UNCHANGED else x
         return x
 
+    def met(self, index: int) -> Any:
+        return self.objects[index] if index in self.objects else self.reuse[index]  # type: ignore[index]
+
     def variable(self, d: VariableDef) -> Variable:
-        new = next(self.leaves)
+        new = next(self.leaves) if d.tag == VARIABLE else self.met(d.ref)  # type: ignore[arg-type]
         old = self.reuse.get(d.index) if self.reuse else None
         if old is not None:
             if new is not UNCHANGED:
@@ -566,6 +585,8 @@ class _Build:
                 new = jax.new_ref(new)
             new = d.type._new(new, metadata, d.metadata, self.trace)._in_its_form()
         self.objects[d.index] = new
+        if d.ref is not None:
+            self.objects[d.ref] = new._raw_value
         return new
 
     def object(self, d: ObjectDef) -> Pytree:

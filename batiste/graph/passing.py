@@ -127,6 +127,10 @@ def _stored(x: Any) -> Any:
     return x._raw_value if isinstance(x, Variable) else x
 
 
+def _without_value(x: Any) -> Any:
+    return x.type._new(UNCHANGED, dict(x._var_metadata)) if isinstance(x, Variable) else UNCHANGED
+
+
 # ---------------------------------------------------------------- several objects
 @dataclass
 class SplitContext:
@@ -162,9 +166,9 @@ class SplitContext:
         return _flatten(node, self.ref_index, self._outer, None)
 
     def _pairs(self, flat: Flat) -> list[tuple[Any, Any]]:
-        """Paths and leaves; of Refs and hijax Variables that stand outside nothing is sent, for JAX carries them itself."""
+        """Paths and leaves; the values of Refs and hijax Variables that stand outside are left out: JAX carries them itself."""
         outer = self._outer or ()
-        return [(path, UNCHANGED if x in outer and is_graph_node(_stored(x)) else x) for path, x in zip(flat.paths, flat.leaves)]
+        return [(path, _without_value(x) if x in outer and is_graph_node(_stored(x)) else x) for path, x in zip(flat.paths, flat.leaves)]
 
 
 @dataclass
