@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.nnx
@@ -30,6 +32,11 @@ def described(lib: Any, layer: Any) -> list[tuple[tuple, str, tuple, str]]:
     flat = lib.to_flat_state(lib.state(layer))
     kind = lambda leaf: type(leaf).__name__ if isinstance(leaf, lib.Variable) else "array"
     return [(path, kind(leaf), leaf.shape, str(leaf.dtype)) for path, leaf in flat]
+
+
+def attributes(layer: Any) -> list[tuple[str, bool]]:
+    """The public attributes in the order in which they were set, and whether each is data."""
+    return [(name, is_data) for name, is_data in layer._pytree__nodes.items() if not name.startswith("_")]
 
 
 class Run(NamedTuple):
@@ -81,6 +88,22 @@ def test_the_same_seed_gives_the_same_state_bit_for_bit(case):
     assert described(batiste.nnx, case.build(batiste.nnx)) == described(flax.nnx, case.build(flax.nnx))
     for mine, other in zip(run(batiste.nnx, case).before, run(flax.nnx, case).before, strict=True):
         np.testing.assert_array_equal(mine, other, strict=True)
+
+
+@every_layer
+def test_attributes_have_the_same_names_order_and_status(case):
+    assert attributes(case.build(batiste.nnx)) == attributes(case.build(flax.nnx))
+
+
+@pytest.mark.parametrize("name", sorted({type(case.build(flax.nnx)).__name__ for case in CASES}))
+@pytest.mark.parametrize("method", ["__init__", "__call__"])
+def test_signatures_are_the_same(name, method):
+    ours, theirs = (getattr(getattr(lib, name), method) for lib in (batiste.nnx, flax.nnx))
+    for mine, other in zip(*(inspect.signature(f).parameters.values() for f in (ours, theirs)), strict=True):
+        assert (mine.name, mine.kind) == (other.name, other.kind)
+        assert (mine.default is mine.empty) == (other.default is other.empty)
+        if not callable(other.default) and not isinstance(other.default, Mapping):  # each library's own functions
+            assert mine.default == other.default
 
 
 @every_layer
