@@ -19,6 +19,7 @@ from sklearn.model_selection import train_test_split
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_PACKAGE = "dataset-fashion-mnist"
+QUIET = {"DEBIAN_FRONTEND": "noninteractive"}
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -63,7 +64,7 @@ def fashion_mnist(folder: Path = FASHION) -> Dataset:
         pixels[part] = (read_idx(folder / f"{part}-images-idx3-ubyte.gz")[..., None] / 255).astype(np.float32)
         labels[part] = read_idx(folder / f"{part}-labels-idx1-ubyte.gz").astype(np.int32)
     return Dataset(
-        "fashion-mnist", FASHION_CLASSES, pixels["train"], labels["train"], pixels["t10k"], labels["t10k"], epochs=3
+        "fashion-mnist", FASHION_CLASSES, pixels["train"], labels["train"], pixels["t10k"], labels["t10k"], epochs=2
     )
 
 
@@ -71,8 +72,10 @@ def install_fashion_mnist(folder: Path) -> None:
     """Installs Debian's package where that is possible; otherwise ends the program and says what to do."""
     if shutil.which("apt-get") and os.geteuid() == 0:
         print(f"Fashion-MNIST is not installed yet: apt-get install {FASHION_PACKAGE}", flush=True)
-        for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", FASHION_PACKAGE]):
-            subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+        for command in (["apt-get", "update"], ["apt-get", "install", "-y", FASHION_PACKAGE]):
+            ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
+            if ended.returncode:
+                print(f"{' '.join(command)}: {ended.stderr.strip()}", file=sys.stderr)
     if not folder.is_dir():
         fail(f"Fashion-MNIST is not in {folder}.\n  fix: sudo apt-get install {FASHION_PACKAGE}   (Debian, Ubuntu)")
 

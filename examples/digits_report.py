@@ -37,7 +37,7 @@ def options(description: str) -> argparse.Namespace:
     """The command line of both programs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits", help="what to train on")
-    parser.add_argument("--epochs", type=positive, help="passes over the data (digits: 30, fashion-mnist: 3)")
+    parser.add_argument("--epochs", type=positive, help="passes over the data (digits: 30, fashion-mnist: 2)")
     parser.add_argument("--batch", type=positive, default=64, help="images per step (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the shifts (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the pictures")
