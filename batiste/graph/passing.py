@@ -23,13 +23,14 @@ from .boundary import aim, broadcast, is_root, walk_tree
 from .errors import ArgumentError
 from .filters import Filter
 from .flatten import ANY, UNCHANGED, Flat, GraphDef, _Build, _Walk, is_graph_node
+from .jaxcompat import is_ref
 from .modes import graph_mode
 from .split import cut, leaves_of
 from .state import FlatState, State
 from .variable import MISSING, Variable
 
 __all__ = [
-    "IndexMap", "MergeContext", "NodeStates", "RefMap", "SplitContext", "UpdateContext", "current_update_context",
+    "ArrayRefOutput", "IndexMap", "MergeContext", "NodeStates", "RefMap", "SplitContext", "UpdateContext", "current_update_context",
     "default_split_fn", "flatten", "from_tree", "is_tree_node", "merge_context", "merge_tree_node", "split_context", "to_tree",
     "unflatten", "update_context",
 ]  # fmt: skip
@@ -123,12 +124,32 @@ def _unflatten(graphdef: GraphDef, leaves: list[Any], objects: IndexMap | None, 
     return build.value(graphdef.root)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ArrayRefOutput:
+    """Stands in a state for a `jax.Ref` that was made inside of a transform, and cannot leave it."""
+
+    value: jax.Array
+
+
+def _outgoing(x: Any, stands_outside: bool) -> Any:
+    """A leaf as it can leave a transform: no Ref and no hijax box. The value of one that stands outside is there already."""
+    value = x._raw_value if isinstance(x, Variable) else x
+    if not is_graph_node(value):
+        return x
+    if stands_outside:
+        value = UNCHANGED
+    elif is_ref(value):
+        value = ArrayRefOutput(value[...])
+    else:
+        value = x.get_raw_value()
+    return x.type._new(value, dict(x._var_metadata)) if isinstance(x, Variable) else value
+
+
 def _stored(x: Any) -> Any:
-    return x._raw_value if isinstance(x, Variable) else x
-
-
-def _without_value(x: Any) -> Any:
-    return x.type._new(UNCHANGED, dict(x._var_metadata)) if isinstance(x, Variable) else UNCHANGED
+    """What a leaf of a state brings into an object."""
+    value = x._raw_value if isinstance(x, Variable) else x
+    return jax.new_ref(value.value) if isinstance(value, ArrayRefOutput) else value
 
 
 # ---------------------------------------------------------------- several objects
@@ -166,9 +187,9 @@ class SplitContext:
         return _flatten(node, self.ref_index, self._outer, None)
 
     def _pairs(self, flat: Flat) -> list[tuple[Any, Any]]:
-        """Paths and leaves; the values of Refs and hijax Variables that stand outside are left out: JAX carries them itself."""
-        outer = self._outer or ()
-        return [(path, _without_value(x) if x in outer and is_graph_node(_stored(x)) else x) for path, x in zip(flat.paths, flat.leaves)]
+        outer = self._outer
+        leaves = flat.leaves if outer is None else [_outgoing(x, x in outer) for x in flat.leaves]
+        return list(zip(flat.paths, leaves))
 
 
 @dataclass

@@ -395,7 +395,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
             if _copy_ref and is_ref(value):
                 value = jax.new_ref(value[...])
         metadata = {**self._var_metadata, **updates}
-        if metadata["ref"] and _is_arraylike(value):
+        if metadata["ref"] and (_is_arraylike(value) or isinstance(value, (bool, int, float, complex))):
             value = _as_ref(value)
         elif not metadata["ref"] and is_ref(value):
             value = value[...]
