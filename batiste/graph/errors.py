@@ -5,7 +5,9 @@
     ├── ShapeError, ArgumentError, RngError, AliasError, StructureError    (also ValueError)
     ├── DtypeError, FilterError, StaticError, CallError                     (also TypeError)
     ├── CarryError, BranchError                                             (StructureErrors, also TypeError)
-    └── TraceContextError, ImmutableVariableError
+    ├── AutodiffError, MissingRuleError                                     (ArgumentErrors, also TypeError)
+    ├── TraceContextError, CapturedError                                    (the latter also ValueError)
+    └── ImmutableVariableError
 """
 
 from __future__ import annotations
@@ -92,6 +94,14 @@ class BranchError(StructureError, TypeError):
     """Two branches of which one is taken leave different structures or types behind."""
 
 
+class AutodiffError(ArgumentError, TypeError):
+    """What is differentiated, and what it is differentiated by, do not fit."""
+
+
+class MissingRuleError(AutodiffError, AttributeError):
+    """A `custom_vjp` function was called before `defvjp`."""
+
+
 class CallError(BatisteError, TypeError):
     """A function was called with arguments that it cannot take, or not in this way."""
 
@@ -105,6 +115,10 @@ class TraceContextError(BatisteError):
 
     The write would leak a tracer or be lost: pass the object to the transformed function as an argument.
     """
+
+
+class CapturedError(TraceContextError, ValueError):
+    """A transformed function hands out an object that it did not receive and did not make."""
 
 
 class ImmutableVariableError(BatisteError):

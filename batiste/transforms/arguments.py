@@ -7,6 +7,9 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from batiste.graph.boundary import Mode
+from batiste.graph.flatten import flatten_graph
+
 from .compile import Arguments
 
 
@@ -15,9 +18,10 @@ def static_places(f: Callable, argnums: int | Iterable[int]) -> Callable[[tuple,
     if argnums == ():
         return lambda args, kwargs: frozenset()
     arguments = Arguments(f, argnums, None, None, None)
-    return lambda args, kwargs: arguments.static_numbers.intersection(range(len(args))) | {
-        len(args) + i for i, name in enumerate(kwargs) if name in arguments.static_names
-    }
+    return lambda args, kwargs: (
+        arguments.static_numbers.intersection(range(len(args)))
+        | {len(args) + i for i, name in enumerate(kwargs) if name in arguments.static_names}
+    )
 
 
 def by_position(f: Callable, args: tuple, kwargs: dict[str, Any], static: Iterable[int] = ()) -> tuple[Callable, tuple]:
@@ -45,3 +49,13 @@ def bound(f: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict
     except ValueError:  # a builtin has no signature
         return args, kwargs
     return arguments.args, arguments.kwargs
+
+
+def refuse_sharing(xs: tuple, mode: Mode) -> None:
+    """Where the structure of the arguments is that of something outside, each object stands at one place.
+
+    Raises:
+        AliasError: one stands at two, and the objects are not live.
+    """
+    if not mode.live:
+        flatten_graph(xs, graph=False, what=mode.name)

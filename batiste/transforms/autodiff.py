@@ -14,14 +14,15 @@ from typing import Any
 import jax
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, Note, is_root
+from batiste.graph.errors import AutodiffError
 from batiste.graph.flatten import ANY
 from batiste.graph.variable import MISSING, Param
 
 from .arguments import bound, by_position
 from .compile import refuse_bound_method, refuse_rules
-from .tangents import DIFF, REST, AutodiffError, DiffState, Likeness, Output, specs_of, zero_tangent
+from .tangents import DIFF, REST, DiffState, Likeness, Output, specs_of, zero_tangent
 
-__all__ = ["AutodiffError", "DiffState", "grad", "jvp", "value_and_grad", "vjp"]
+__all__ = ["DiffState", "grad", "jvp", "value_and_grad", "vjp"]
 
 
 def _enter(f: Callable, mode: Mode, args: tuple, specs: Sequence[Any]) -> tuple[Boundary, list[Any], list[Any]]:
@@ -31,7 +32,9 @@ def _enter(f: Callable, mode: Mode, args: tuple, specs: Sequence[Any]) -> tuple[
     return boundary, diff, rest
 
 
-def _call(crossing: Crossing, diff: Sequence[Any], rest: Sequence[Any], has_aux: bool) -> tuple[Any, tuple[list[Any], ...], Note]:
+def _call(
+    crossing: Crossing, diff: Sequence[Any], rest: Sequence[Any], has_aux: bool
+) -> tuple[Any, tuple[list[Any], ...], Note]:
     """`(result, what comes back by label, note)` of the function at these values."""
     before = crossing.ungroup((diff, rest))
     args, opened = crossing.open(before)
@@ -46,7 +49,9 @@ def _pair(out: Any, name: str) -> tuple[Any, Any]:
     """What a function with auxiliary data returned."""
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         got = f"{len(out)} values" if isinstance(out, (tuple, list)) else type(out).__name__
-        raise AutodiffError(f"nnx.{name} with has_aux=True cannot unpack the result", got=got, expected="a pair (value, auxiliary data)")
+        raise AutodiffError(
+            f"nnx.{name} with has_aux=True cannot unpack the result", got=got, expected="a pair (value, auxiliary data)"
+        )
     return tuple(out)
 
 
@@ -63,18 +68,22 @@ def _chosen(argnums: Any, args: tuple, mode: Mode) -> dict[int, Any]:
         n = number + len(args) if number < 0 else number
         if not 0 <= n < len(args):
             raise AutodiffError(
-                f"differentiating with respect to argnums={number} requires at least {max(number + 1, -number)} positional "
-                f"arguments to be passed by the caller, but got only {len(args)} positional arguments"
+                f"differentiating with respect to argnums={number} requires at least {max(number + 1, -number)} "
+                f"positional arguments to be passed by the caller, but got only {len(args)} positional arguments"
             )
         if n in chosen:
-            raise AutodiffError(f"argnum {number} is repeated in argnums", fix="give one DiffState with both filters: (f1, f2)")
+            raise AutodiffError(
+                f"argnum {number} is repeated in argnums", fix="give one DiffState with both filters: (f1, f2)"
+            )
         chosen[n] = entry if isinstance(entry, DiffState) else DiffState(n, Param) if mode.live else DIFF
     if not chosen:
         raise AutodiffError("argnums is empty", expected="the number of at least one argument")
     return chosen
 
 
-def _differentiate(f: Callable, name: str, argnums: Any, has_aux: bool, graph: Any, graph_updates: Any, **options: Any) -> Callable:
+def _differentiate(
+    f: Callable, name: str, argnums: Any, has_aux: bool, graph: Any, graph_updates: Any, **options: Any
+) -> Callable:
     """`(f(...), gradients)` as a function of the arguments of `f`."""
     mode = Mode.of(name, graph, graph_updates)
     refuse_bound_method(f, name)
@@ -93,8 +102,11 @@ def _differentiate(f: Callable, name: str, argnums: Any, has_aux: bool, graph: A
             out, groups, note = _call(crossing, diff, rest, has_aux)
             value = out[0] if has_aux else out
             if is_root(value):
-                raise AutodiffError("Gradient only defined for scalar-output functions", got=f"a {type(value).__name__}",
-                                    fix="return the value of the Variable: v[...]")  # fmt: skip
+                raise AutodiffError(
+                    "Gradient only defined for scalar-output functions",
+                    got=f"a {type(value).__name__}",
+                    fix="return the value of the Variable: v[...]",
+                )
             return value, (groups, note)
 
         (_, (groups, note)), gradients = jax.value_and_grad(loss, has_aux=True, **options)(diff)
@@ -105,24 +117,42 @@ def _differentiate(f: Callable, name: str, argnums: Any, has_aux: bool, graph: A
     return both
 
 
-def value_and_grad(f: Any = MISSING, *, argnums: int | DiffState | Sequence[int | DiffState] = 0, has_aux: bool = False,
-                   holomorphic: bool = False, allow_int: bool = False, reduce_axes: Sequence[Hashable] = (),
-                   graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
+def value_and_grad(
+    f: Any = MISSING,
+    *,
+    argnums: int | DiffState | Sequence[int | DiffState] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    reduce_axes: Sequence[Hashable] = (),
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
     """`(f(x), df/dx)`: like `grad`, with the value."""
     options = dict(holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes)
     if f is MISSING:
-        return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux, graph=graph, graph_updates=graph_updates, **options)
+        return functools.partial(
+            value_and_grad, argnums=argnums, has_aux=has_aux, graph=graph, graph_updates=graph_updates, **options
+        )
     both = _differentiate(f, "value_and_grad", argnums, has_aux, graph, graph_updates, **options)
     return functools.wraps(f)(both)
 
 
-def grad(f: Any = MISSING, *, argnums: int | DiffState | Sequence[int | DiffState] = 0, has_aux: bool = False, holomorphic: bool = False,
-         allow_int: bool = False, reduce_axes: Sequence[Hashable] = (), graph: bool | None = None,
-         graph_updates: bool | None = None) -> Any:  # fmt: skip
+def grad(
+    f: Any = MISSING,
+    *,
+    argnums: int | DiffState | Sequence[int | DiffState] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    reduce_axes: Sequence[Hashable] = (),
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
     """df/dx of a function that returns a scalar (with `has_aux`: a scalar and something else).
 
-    The gradient of a module is a State of its Params, or of what `DiffState(argnum, filter)` chooses; with `graph=False` or
-    `graph_updates=False` it is a module of the same type. Updates that `f` makes to Variables are kept.
+    The gradient of a module is a State of its Params, or of what `DiffState(argnum, filter)` chooses; with
+    `graph=False` or `graph_updates=False` it is a module of the same type. Updates of Variables are kept.
 
     Args:
         argnums: which arguments `x` stands for; several give a tuple.
@@ -141,7 +171,9 @@ def grad(f: Any = MISSING, *, argnums: int | DiffState | Sequence[int | DiffStat
     """
     options = dict(holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes)
     if f is MISSING:
-        return functools.partial(grad, argnums=argnums, has_aux=has_aux, graph=graph, graph_updates=graph_updates, **options)
+        return functools.partial(
+            grad, argnums=argnums, has_aux=has_aux, graph=graph, graph_updates=graph_updates, **options
+        )
     both = _differentiate(f, "grad", argnums, has_aux, graph, graph_updates, **options)
 
     @functools.wraps(f)
@@ -153,11 +185,18 @@ def grad(f: Any = MISSING, *, argnums: int | DiffState | Sequence[int | DiffStat
 
 
 # ---------------------------------------------------------------- vjp
-def vjp(f: Any = MISSING, *primals: Any, has_aux: bool = False, reduce_axes: Sequence[Hashable] = (), graph: bool | None = None,
-        graph_updates: bool | None = None) -> Any:  # fmt: skip
-    """`(f(x), g)` where g maps a cotangent of f(x) to a tuple of cotangents of x; with `has_aux`, the auxiliary data come third.
+def vjp(
+    f: Any = MISSING,
+    *primals: Any,
+    has_aux: bool = False,
+    reduce_axes: Sequence[Hashable] = (),
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`(f(x), g)` where g maps a cotangent of f(x) to a tuple of cotangents of x.
 
-    Called without `primals` it returns the function of them. What belongs to a module looks as `grad` shows it.
+    Called without `primals` it returns the function of them. What belongs to a module looks as `grad` shows it. With
+    `has_aux`, `f` returns a pair, and its second half comes third.
 
     >>> out, pullback = vjp(lambda x: x**2, 3.0)
     >>> float(pullback(1.0)[0])
@@ -208,12 +247,19 @@ def _spread(crossing: Crossing, diff: Sequence[Any]) -> list[Any]:
 
 
 # ---------------------------------------------------------------- jvp
-def jvp(f: Any = MISSING, primals: Any = MISSING, tangents: Any = MISSING, *, has_aux: bool = False, graph: bool | None = None,
-        graph_updates: bool | None = None) -> Any:  # fmt: skip
-    """`(f(x), df/dx . t)`; with `has_aux`, the auxiliary data come third.
+def jvp(
+    f: Any = MISSING,
+    primals: Any = MISSING,
+    tangents: Any = MISSING,
+    *,
+    has_aux: bool = False,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`(f(x), df/dx . t)`.
 
-    Called without `primals` it returns the function of them. The tangent of a module is a module of the same type or a State;
-    what it leaves out is zero.
+    Called without `primals` it returns the function of them. The tangent of a module is a module of the same type or a
+    State; what it leaves out is zero. With `has_aux`, `f` returns a pair, and its second half comes third.
 
     >>> value, tangent = jvp(lambda x: x**2, (3.0,), (1.0,))
     >>> float(tangent)
@@ -227,8 +273,10 @@ def jvp(f: Any = MISSING, primals: Any = MISSING, tangents: Any = MISSING, *, ha
     mode = Mode.of("jvp", graph, graph_updates)
     refuse_bound_method(f, "jvp")
     if not isinstance(primals, (tuple, list)) or type(primals) is not type(tangents) or len(primals) != len(tangents):
-        raise AutodiffError("primal and tangent arguments to nnx.jvp must be tuples or lists with the same tree structure",
-                            got=f"{_kind(primals)} and {_kind(tangents)}")  # fmt: skip
+        raise AutodiffError(
+            "primal and tangent arguments to nnx.jvp must be tuples or lists with the same tree structure",
+            got=f"{_kind(primals)} and {_kind(tangents)}",
+        )
     boundary, diff, rest = _enter(f, mode, tuple(primals), [DIFF] * len(jax.tree.leaves(primals, is_leaf=is_root)))
     crossing = boundary.crossing
     given = Likeness(crossing.walked, mode).read(tuple(tangents), "the tangent argument to nnx.jvp")

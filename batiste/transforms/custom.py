@@ -13,17 +13,13 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 
 from batiste.graph.boundary import Boundary, Mode, Note, is_root, ungroup
-from batiste.graph.errors import ShapeError
+from batiste.graph.errors import AutodiffError, MissingRuleError, ShapeError
 from batiste.graph.flatten import ANY, GraphDef, flatten_graph, show_path, unflatten_graph
 from batiste.graph.variable import MISSING
 
-from .arguments import bound, by_position
+from .arguments import bound, by_position, refuse_sharing
 from .compile import refuse_bound_method, refuse_rules
-from .tangents import DIFF, REST, AutodiffError, DiffState, Likeness, Output, specs_of
-
-
-class MissingRuleError(AutodiffError, AttributeError):
-    """A `custom_vjp` function was called before `defvjp`."""
+from .tangents import DIFF, REST, DiffState, Likeness, Output, specs_of
 
 
 class CustomVjp:
@@ -47,22 +43,28 @@ class CustomVjp:
     def __repr__(self) -> str:
         return f"<nnx.custom_vjp of {self.fun!r}>"
 
-    def defvjp(self, fwd: Callable[..., tuple[Any, Any]], bwd: Callable[..., tuple[Any, ...]], symbolic_zeros: bool = False) -> None:
+    def defvjp(
+        self, fwd: Callable[..., tuple[Any, Any]], bwd: Callable[..., tuple[Any, ...]], symbolic_zeros: bool = False
+    ) -> None:
         """Sets the rule.
 
         Args:
             fwd: takes what the function takes; returns `(out, residuals)`.
-            bwd: takes the non-differentiated arguments, the residuals and the cotangent of `out`; returns one cotangent for
-                each of the other arguments. Objects in and out look as `grad` shows them. With live objects the cotangent is a
-                pair `(updates, out)`, where `updates` has a State of all Variables of each object, as they were left by `fwd`.
-                Otherwise these are passed as the keyword `updates_g`, if `bwd` has one, for those Variables that `fwd` changed.
+            bwd: takes the non-differentiated arguments, the residuals and the cotangent of `out`; returns one
+                cotangent for each of the other arguments. What belongs to objects looks as `grad` shows it.
+
+        With live objects the cotangent is a pair `(updates, out)`: one State per object with the cotangents of all its
+        Variables as `fwd` left them. Otherwise `bwd` may have a keyword `updates_g`: objects with the cotangents of
+        those Variables that `fwd` changed, and None elsewhere.
         """
         self.fwd, self.bwd, self.symbolic_zeros = fwd, bwd, symbolic_zeros
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.fwd is None or self.bwd is None:
             name = getattr(self.fun, "__name__", repr(self.fun))
-            raise MissingRuleError(f"No VJP defined for custom_vjp function {name} using defvjp", fix="call f.defvjp(fwd, bwd) first")
+            raise MissingRuleError(
+                f"No VJP defined for custom_vjp function {name} using defvjp", fix="call f.defvjp(fwd, bwd) first"
+            )
         return _Call(self, *bound(self.fun, args, kwargs)).run()
 
 
@@ -72,12 +74,17 @@ class _Call:
     def __init__(self, owner: CustomVjp, args: tuple, kwargs: dict[str, Any]):
         self.owner, self.mode = owner, owner.mode
         if kwargs:
-            raise AutodiffError("nnx.custom_vjp takes keyword arguments only where they can be passed by position", got=sorted(kwargs))
+            raise AutodiffError(
+                "nnx.custom_vjp takes keyword arguments only where they can be passed by position", got=sorted(kwargs)
+            )
         self.static = tuple(args[n] for n in sorted(owner.static))
-        if self.mode.live and any(map(is_root, self.static)):
-            raise AutodiffError("Passing integers to nondiff_argnums for graph nodes arguments in custom_vjp is not supported",
-                                fix="nondiff_argnums=(nnx.DiffState(argnum, filter),), whose filter says what is differentiated")  # fmt: skip
+        if self.mode.live and any(map(is_root, jax.tree.leaves(self.static, is_leaf=is_root))):
+            raise AutodiffError(
+                "Passing integers to nondiff_argnums for graph nodes arguments in custom_vjp is not supported",
+                fix="nondiff_argnums=(nnx.DiffState(argnum, filter),), whose filter says what is differentiated",
+            )
         call, xs = by_position(owner.fun, args, {}, owner.static)
+        refuse_sharing(args, self.mode)
         moving = [n for n in range(len(args)) if n not in owner.static]
         specs = specs_of(xs, {i: owner.filters.get(n, DIFF) for i, n in enumerate(moving)})
         self.boundary = Boundary(call, self.mode, ANY, keep=(lambda label: True) if self.mode.live else None)
@@ -105,14 +112,20 @@ class _Call:
         args, opened = crossing.open(before)
         out, residuals = self.rule(*args)
         came = crossing.close(before, opened, out)
+        assert crossing.note is not None
         if self.note is not None and self.note.labels != crossing.note.labels:
-            raise AutodiffError("fwd must return the same structure as the function and change the same Variables",
-                                got=self.changed(crossing.note), expected=self.changed(self.note))  # fmt: skip
+            raise AutodiffError(
+                "fwd must return the same structure as the function and change the same Variables",
+                got=self.changed(crossing.note),
+                expected=self.changed(self.note),
+            )
         kept = flatten_graph(residuals)
         return tuple([_plain(x) for x in part] for part in came), (kept.values(), kept.graphdef, crossing.note)
 
-    def backward(self, static: tuple, saved: tuple[list[Any], GraphDef, Note], groups: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
-        """What `jax.custom_vjp` calls for the backward pass: cotangents of all that came back -> cotangents of the entry values."""
+    def backward(
+        self, static: tuple, saved: tuple[list[Any], GraphDef, Note], groups: Sequence[Sequence[Any]]
+    ) -> tuple[Any, Any]:
+        """What `jax.custom_vjp` calls for the backward pass: cotangents of all that came back -> of all that went in."""
         values, graphdef, note = saved
         residuals, _ = unflatten_graph(graphdef.root, values)
         crossing, like = self.crossing, Likeness(self.crossing.walked, self.mode)
@@ -132,7 +145,12 @@ class _Call:
         found = like.read(_per_argument(result, crossing.walked.treedef), "the result of bwd", self.is_wanted)
         for path, x, shape in zip(crossing.paths, found, self.shapes):
             if x is not None and np.shape(x) != shape:
-                raise ShapeError("the result of bwd has another shape than its argument", at=show_path(path), got=np.shape(x), expected=shape)
+                raise ShapeError(
+                    "the result of bwd has another shape than its argument",
+                    at=show_path(path),
+                    got=np.shape(x),
+                    expected=shape,
+                )
         return [found[n] for n in crossing.order[0]], [None] * len(crossing.order[1])
 
     def changed(self, note: Note) -> str:
@@ -141,6 +159,7 @@ class _Call:
         return f"{len(note.labels) - len(paths)} results and changes of {', '.join(paths) or 'no Variable'}"
 
     def is_wanted(self, n: int) -> bool:
+        """Whether the leaf at this position is differentiated."""
         return self.crossing.leaf_labels[n] is DIFF
 
 
@@ -158,17 +177,26 @@ def _per_argument(result: Any, treedef: Any) -> tuple:
     children = treedef.children()
     if not isinstance(result, (tuple, list)) or len(result) != len(children):
         got = f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, (tuple, list)) else "")
-        raise AutodiffError("Custom VJP bwd rule must produce an output with the same container (pytree) structure as the arguments",
-                            got=got, expected=f"a tuple of {len(children)}")  # fmt: skip
+        raise AutodiffError(
+            "Custom VJP bwd rule must produce an output with the same container (pytree) structure as the arguments",
+            got=got,
+            expected=f"a tuple of {len(children)}",
+        )
     return tuple(child.unflatten([None] * child.num_leaves) if x is None else x for child, x in zip(children, result))
 
 
-def custom_vjp(fun: Any = MISSING, *, nondiff_argnums: tuple[int | DiffState, ...] = (), graph: bool | None = None,
-               graph_updates: bool | None = None) -> Any:  # fmt: skip
+def custom_vjp(
+    fun: Any = MISSING,
+    *,
+    nondiff_argnums: tuple[int | DiffState, ...] = (),
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
     """`fun` with a backward rule of its own, which `fun.defvjp(fwd, bwd)` sets.
 
     Args:
-        nondiff_argnums: arguments that are no arrays; a DiffState says which Variables of an argument *are* differentiated.
+        nondiff_argnums: arguments that are no arrays. A DiffState says which Variables of an argument *are*
+            differentiated.
 
     >>> @custom_vjp
     ... def clipped(x):
@@ -179,7 +207,4 @@ def custom_vjp(fun: Any = MISSING, *, nondiff_argnums: tuple[int | DiffState, ..
     """
     if fun is MISSING:
         return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums, graph=graph, graph_updates=graph_updates)
-    mode = Mode.of("custom_vjp", graph, graph_updates)
-    if not mode.live:  # a rule returns one cotangent per place, so no object may stand at two
-        mode = mode._replace(graph=False)
-    return CustomVjp(fun, mode, nondiff_argnums)
+    return CustomVjp(fun, Mode.of("custom_vjp", graph, graph_updates), nondiff_argnums)

@@ -16,8 +16,14 @@ from batiste.graph.variable import MISSING
 from .arguments import by_position, static_places
 from .compile import refuse_bound_method
 
-POLICIES = ("everything_saveable", "nothing_saveable", "dots_saveable", "checkpoint_dots", "dots_with_no_batch_dims_saveable",
-            "checkpoint_dots_with_no_batch_dims")  # fmt: skip
+POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
 
 
 def policy_of(policy: str | Callable[..., bool] | None) -> Callable[..., bool] | None:
@@ -29,13 +35,24 @@ def policy_of(policy: str | Callable[..., bool] | None) -> Callable[..., bool] |
     if not isinstance(policy, str):
         return policy
     if policy not in POLICIES:
-        raise ArgumentError("unknown policy of nnx.remat", got=repr(policy), expected=", ".join(POLICIES),
-                            fix="pass one of these names, or a function of jax.checkpoint_policies")  # fmt: skip
+        raise ArgumentError(
+            "unknown policy of nnx.remat",
+            got=repr(policy),
+            expected=", ".join(POLICIES),
+            fix="pass one of these names, or a function of jax.checkpoint_policies",
+        )
     return getattr(jax.checkpoint_policies, policy)
 
 
-def remat(f: Any = MISSING, *, prevent_cse: bool = True, static_argnums: int | tuple[int, ...] = (),
-          policy: str | Callable[..., bool] | None = None, graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
+def remat(
+    f: Any = MISSING,
+    *,
+    prevent_cse: bool = True,
+    static_argnums: int | tuple[int, ...] = (),
+    policy: str | Callable[..., bool] | None = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
     """`f` whose intermediates are computed again when it is differentiated, but for those that `policy` saves.
 
     Args:
@@ -45,8 +62,14 @@ def remat(f: Any = MISSING, *, prevent_cse: bool = True, static_argnums: int | t
         ArgumentError: `f` is a bound method, or no policy has this name.
     """
     if f is MISSING:
-        return functools.partial(remat, prevent_cse=prevent_cse, static_argnums=static_argnums, policy=policy, graph=graph,
-                                 graph_updates=graph_updates)  # fmt: skip
+        return functools.partial(
+            remat,
+            prevent_cse=prevent_cse,
+            static_argnums=static_argnums,
+            policy=policy,
+            graph=graph,
+            graph_updates=graph_updates,
+        )
     mode = Mode.of("remat", graph, graph_updates)
     refuse_bound_method(f, "remat")
     saved = policy_of(policy)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients, tangents and cotangents of live objects: how they look, and how they are read back into flat values.
 
-With live objects (Flax's default mode) what belongs to a module is a `State` of those of its Variables that have a gradient.
-Without, it is an object of the same type. Plain arrays and lone Variables look like themselves in both.
+With live objects (Flax's default mode) what belongs to a module is a `State` of those of its Variables that have a
+gradient. Without, it is an object of the same type. Plain arrays and lone Variables look like themselves in both.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import jax
 import numpy as np
 
 from batiste.graph.boundary import PLAIN, SENT, Mode, Note, Rules, Walked, is_root
-from batiste.graph.errors import ArgumentError
+from batiste.graph.errors import AutodiffError
 from batiste.graph.flatten import ARRAY_REF, LEAF, VARIABLE, Path, _Build, _Walk, show_path, walk_defs
 from batiste.graph.pytree import Pytree
 from batiste.graph.split import flat_pairs
 from batiste.graph.state import State, from_flat_state
 from batiste.graph.variable import Variable
-
-
-class AutodiffError(ArgumentError, TypeError):
-    """What is differentiated, and what it is differentiated by, do not fit."""
 
 
 class Role(Enum):
@@ -69,8 +65,8 @@ def specs_of(args: Sequence[Any], chosen: dict[int, Any]) -> list[Any]:
     specs: list[Any] = []
     for n, arg in enumerate(args):
         spec = chosen.get(n, REST)
-        for x in jax.tree.leaves(arg, is_leaf=is_root):
-            specs.append(DIFF if isinstance(spec, Rules) and not isinstance(x, Pytree) else spec)
+        leaves = jax.tree.leaves(arg, is_leaf=is_root)
+        specs += [DIFF if isinstance(spec, Rules) and not isinstance(x, Pytree) else spec for x in leaves]
     return specs
 
 
@@ -139,8 +135,11 @@ class Likeness(NamedTuple):
         try:
             parts = self.walked.treedef.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
-            raise AutodiffError(f"{what}: unexpected tree structure", got=str(jax.tree.structure(tree, is_leaf=is_root)),
-                                expected=f"the same tree structure as {self.walked.treedef} ({error})") from None  # fmt: skip
+            raise AutodiffError(
+                f"{what}: unexpected tree structure",
+                got=str(jax.tree.structure(tree, is_leaf=is_root)),
+                expected=f"the same tree structure as {self.walked.treedef} ({error})",
+            ) from None
         walk = _Walk(self.mode.graph, what=self.mode.name)
         values: list[Any] = []
         for d, part in zip(self.walked.defs, parts):
@@ -149,11 +148,16 @@ class Likeness(NamedTuple):
                 value = found.pop(path, None)
                 if wanted and part is not None and place[0] == VARIABLE and (value is not None) != wanted(len(values)):
                     verb = "has no value" if value is None else "has a value for something that is not differentiated"
-                    raise AutodiffError(f"{what} {verb}", at=show_path(path), fix="return one value for each differentiated Variable")
+                    raise AutodiffError(
+                        f"{what} {verb}", at=show_path(path), fix="return one value for each differentiated Variable"
+                    )
                 values.append(value)
             if found:
-                raise AutodiffError(f"{what} has values that nothing asked for", got=", ".join(map(show_path, found)),
-                                    expected="the same tree structure as what is differentiated")  # fmt: skip
+                raise AutodiffError(
+                    f"{what} has values that nothing asked for",
+                    got=", ".join(map(show_path, found)),
+                    expected="the same tree structure as what is differentiated",
+                )
         return values
 
 
@@ -164,13 +168,24 @@ def _values(walk: _Walk, d: Any, x: Any, what: str) -> dict[Path, Any]:
     if d is PLAIN or (d[0] == VARIABLE and not is_root(x)):
         return {(): x}
     if isinstance(x, State):
-        return {path: v.get_raw_value() if isinstance(v, Variable) else v for path, v in flat_pairs(x)}
+        return {path: _handed_in(v) for path, v in flat_pairs(x)}
     if not is_root(x):
-        raise AutodiffError(f"{what} does not look like its argument: Expected State or Variable, got {type(x).__name__}",
-                            fix="return a State of gradients for each module")  # fmt: skip
+        raise AutodiffError(
+            f"{what} does not look like its argument: Expected State or Variable, got {type(x).__name__}",
+            fix="give a State, or an object of the same type, for each module",
+        )
     start = len(walk.leaves)
     walk.value(x, ())
-    return {path: v.get_raw_value() if isinstance(v, Variable) else v for path, v in zip(walk.paths[start:], walk.leaves[start:])}
+    return dict(zip(walk.paths[start:], map(_handed_in, walk.leaves[start:])))
+
+
+def _handed_in(x: Any) -> Any:
+    """The value of a Variable, which has arrived where it was to go: nothing that was written to it is lost."""
+    if not isinstance(x, Variable):
+        return x
+    if x._home is not None:
+        x._home.delivered()
+    return x.get_raw_value()
 
 
 class Output(NamedTuple):

@@ -11,11 +11,12 @@ import jax
 from jax.experimental import checkify as jax_checkify
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, ungroup, write_back
+from batiste.graph.errors import ArgumentError
 from batiste.graph.flatten import ANY, flatten_graph
 from batiste.graph.variable import MISSING, Variable
 from batiste.sharding import sharded_struct
 
-from .arguments import by_position, static_places
+from .arguments import by_position, refuse_sharing, static_places
 from .compile import refuse_bound_method
 
 
@@ -29,7 +30,9 @@ def _run(f: Callable, crossing: Crossing) -> Callable:
     return run
 
 
-def eval_shape(f: Callable, *args: Any, graph: bool | None = None, graph_updates: bool | None = None, **kwargs: Any) -> Any:
+def eval_shape(
+    f: Callable, *args: Any, graph: bool | None = None, graph_updates: bool | None = None, **kwargs: Any
+) -> Any:
     """f(x) with a `ShapeDtypeStruct` for every array, computed without arithmetic; `args` stay as they are.
 
     With a mesh in context the structs carry the shardings that the Variables' metadata ask for.
@@ -37,6 +40,7 @@ def eval_shape(f: Callable, *args: Any, graph: bool | None = None, graph_updates
     mode = Mode.of("eval_shape", graph, graph_updates)
     refuse_bound_method(f, "eval_shape")
     call, xs = by_position(f, args, kwargs)
+    refuse_sharing(xs, mode)
     boundary = Boundary(call, mode, keep=lambda label: True)
     entry = boundary.enter(xs)
     crossing = boundary.crossing
@@ -52,18 +56,33 @@ def eval_shape(f: Callable, *args: Any, graph: bool | None = None, graph_updates
 
 
 # ---------------------------------------------------------------- make_jaxpr
-def make_jaxpr(f: Any = MISSING, *, graph: bool | None = None, graph_updates: bool | None = None,
-               static_argnums: int | Sequence[int] = ()) -> Any:  # fmt: skip
-    """The function that gives the jaxpr of `f` for its arguments: from the arrays in them to the arrays in the result."""
+def make_jaxpr(
+    f: Any = MISSING,
+    *,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+    static_argnums: int | Sequence[int] = (),
+) -> Any:
+    """The function that gives the jaxpr of `f` for its arguments: from the arrays in them to the arrays in the result.
+
+    Raises:
+        ArgumentError: with `graph_updates=True`, which is the default.
+    """
     if f is MISSING:
         return functools.partial(make_jaxpr, graph=graph, graph_updates=graph_updates, static_argnums=static_argnums)
     mode = Mode.of("make_jaxpr", graph, graph_updates)
+    if mode.live:
+        raise ArgumentError(
+            "nnx.make_jaxpr does not support graph_updates=True: a jaxpr has no place for changes of structure",
+            fix="pass graph_updates=False or graph=False",
+        )
     refuse_bound_method(f, "make_jaxpr")
     static = static_places(f, static_argnums)
 
     @functools.wraps(f)
     def jaxpr_of(*args: Any, **kwargs: Any) -> Any:
         call, xs = by_position(f, args, kwargs, static(args, kwargs))
+        refuse_sharing(xs, mode)
         boundary = Boundary(call, mode, ANY)
         boundary.enter(xs, labels=(None, ANY))
         crossing = boundary.crossing
@@ -79,8 +98,12 @@ def make_jaxpr(f: Any = MISSING, *, graph: bool | None = None, graph_updates: bo
 
 
 # ---------------------------------------------------------------- checkify
-def checkify(f: Callable, errors: frozenset = jax_checkify.user_checks, graph: bool | None = None,
-             graph_updates: bool | None = None) -> Callable:  # fmt: skip
+def checkify(
+    f: Callable,
+    errors: frozenset = jax_checkify.user_checks,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Callable:
     """`(error, f(x))`: runtime checks inside `f` become a value, to be thrown with `error.throw()`.
 
     Args:
