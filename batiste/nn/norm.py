@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalisation of activations: over the batch, over features, over groups of them.
 
-All of them are one function, `standardize`, over different dims, then a learnt scale and bias.
+All of them are one function, `normalize`, over different dims, then a learnt scale and bias.
 
-Why `standardize` brings its own derivative: what autodiff makes of a mean and a variance is long, and the order in which
+Why `normalize` brings its own derivative: what autodiff makes of a mean and a variance is long, and the order in which
 it sums the cotangents decides whether XLA's fusions copy the residual stream of a deep network (three times the
 multiplications, and minutes to compile 48 layers). The rule below needs y and the reciprocal deviation only, and its
 transpose adds in the good order: the factor is applied to the tangent *before* the means are taken. It is a rule for
@@ -78,7 +78,7 @@ def _abs_square(x: Array) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def standardize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
+def normalize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
     """y = (x - mean) / √(var + ε), with the mean and the variance, which count as constants.
 
     Args:
@@ -88,8 +88,8 @@ def standardize(average: Average, x: Array, where: Array | None) -> tuple[Array,
     return (x - mean) * lax.rsqrt(var + average.epsilon), mean, var
 
 
-@standardize.defjvp
-def _standardize_jvp(average: Average, primals: Any, tangents: Any) -> Any:
+@normalize.defjvp
+def _normalize_jvp(average: Average, primals: Any, tangents: Any) -> Any:
     """dy = u - E[u] - y Re E[y* u] with u = dx / √(var + ε)."""
     (x, where), dx = primals, tangents[0]
     mean, var = average.moments(x, where)
@@ -240,7 +240,7 @@ class BatchNorm(Module):
             return _affine((_wide(x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
         dims = tuple(dim for dim in range(x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, mean, var = standardize(average, _wide(x), _selection(mask))
+        y, mean, var = normalize(average, _wide(x), _selection(mask))
         for statistic, new in ((self.mean, mean), (self.var, var)):
             followed = self.momentum * statistic[...] + (1 - self.momentum) * new.reshape(self.num_features)
             statistic[...] = lax.stop_gradient(followed)
@@ -325,7 +325,7 @@ class LayerNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = standardize(average, _wide(x), _selection(mask))
+        y, _, _ = normalize(average, _wide(x), _selection(mask))
         return _affine(y, scale, bias, shape).astype(dtype)
 
 
@@ -393,7 +393,7 @@ class RMSNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, False,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = standardize(average, _wide(x), _selection(mask))
+        y, _, _ = normalize(average, _wide(x), _selection(mask))
         return _affine(y, scale, None, shape).astype(dtype)
 
 
@@ -472,7 +472,7 @@ class GroupNorm(Module):
         average = Average(self._grouped_dims(x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
         where = None if mask is None else jnp.broadcast_to(_selection(mask), x.shape).reshape(grouped)
-        y, _, _ = standardize(average, _wide(x).reshape(grouped), where)
+        y, _, _ = normalize(average, _wide(x).reshape(grouped), where)
         return _affine(y.reshape(x.shape), scale, bias, shape).astype(dtype)
 
     def _grouped_dims(self, ndim: int) -> tuple[int, ...]:
@@ -574,6 +574,6 @@ class InstanceNorm(Module):
         shape = _feature_shape(self, x, features, self.num_features)
         dims = tuple(dim for dim in range(1, x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, _, _ = standardize(average, _wide(x), _selection(mask))
+        y, _, _ = normalize(average, _wide(x), _selection(mask))
         return _affine(y, scale, bias, shape).astype(dtype)
 
