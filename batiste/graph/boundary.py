@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec, Sharding
 
-from .errors import ArgumentError
+from .errors import ArgumentError, CapturedError
 from .filters import to_predicates
 from .flatten import (
+    ARRAY_REF,
     LEAF,
     UNCHANGED,
     VARIABLE,
@@ -32,9 +33,10 @@ from .flatten import (
     _Walk,
     duplicate_error,
     is_graph_node,
+    show_path,
     walk_defs,
 )
-from .jaxcompat import Tracer, is_ref, key_name
+from .jaxcompat import Tracer, current_trace, is_ref, key_name
 from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
 from .state import State, create_path_filters
@@ -206,6 +208,17 @@ class Walked(NamedTuple):
 PLAIN = (LEAF,)  # describes a plain value of an argument tree
 
 
+def positions_inside(defs: Sequence[Any]) -> set[int]:
+    """The positions of leaves that lie inside root objects, not beside them."""
+    found, n = set(), 0
+    for d in defs:
+        parts = (part for _, part in walk_defs(d)) if d is not PLAIN else ()
+        count = sum(part[0] in (LEAF, VARIABLE, ARRAY_REF) for part in parts)
+        found |= set(range(n, n + count))
+        n += 1 if d is PLAIN else count
+    return found
+
+
 def walk_tree(walk: _Walk, tree: Any, specs: Sequence[Any], start: Path = ()) -> Walked:
     """Goes on with `walk` over the roots and plain leaves of `tree`; `specs` says how each of them is labelled."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_root)
@@ -323,12 +336,23 @@ class Crossing:
                 sources.append(at)
             else:
                 sources.append(SENT)
-                values.append(_value_of_new(x))
+                values.append(self.value_of_new(x, path))
                 labels.append(label)
         if args is not None and args == self.walked and SENT not in sources[:behind]:
             args, sources = None, sources[behind:]
         self.note = Note(changed, metadata, args, walked, tuple(sources), tuple(labels))
         return group(self.labels, values, labels)
+
+    def value_of_new(self, x: Any, path: Path) -> Any:
+        """What is sent of a new leaf: a `jax.Ref` or hijax box of a Variable stays inside, its value travels."""
+        if not isinstance(x, Variable):
+            return x
+        if x._trace_state != current_trace():
+            raise CapturedError(
+                f"Cannot return captured Variable of type {x.type.__name__} from nnx.{self.mode.name}: Cannot extract graph "
+                "node from different trace level", at=show_path(path), fix="pass the object to the function as an argument",
+            )  # fmt: skip
+        return jax.tree.map(lambda y: y[...] if is_ref(y) else y, x.get_raw_value())
 
     def walk_again(self, walk: _Walk, leaves: list[Any]) -> Walked:
         """The structure of the arguments after the call; plain values cannot have changed, and are passed over."""
@@ -356,13 +380,6 @@ class Crossing:
             if key in known and isinstance(x, Variable):
                 at = self.paths[self.numbers.index(index)]
                 raise duplicate_error(x, [at, path], self.mode.name)
-
-
-def _value_of_new(x: Any) -> Any:
-    """What is sent of a new leaf: a `jax.Ref` or hijax box of a Variable stays inside, its value travels."""
-    if not isinstance(x, Variable):
-        return x
-    return jax.tree.map(lambda y: y[...] if is_ref(y) else y, x.get_raw_value())
 
 
 class Opened(NamedTuple):

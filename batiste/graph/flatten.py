@@ -366,7 +366,7 @@ class _Walk:
         entry = self.seen.get(id(x))
         if entry is not None:
             label = self.label_of(path, x)
-            if label != entry[1] and label is not ANY:
+            if self.graph and label != entry[1] and label is not ANY:
                 raise inconsistent_error(x, [(entry[2], entry[1]), (path, label)])
             return self.met_again(x, path)
         if not isinstance(x, Variable):
@@ -392,7 +392,7 @@ class _Walk:
         entry = self.seen.get(id(x))
         rule = self.rule if self.rule is not None else self.label
         if entry is not None:
-            if entry[1] != (rule, self.start):
+            if self.graph and entry[1] != (rule, self.start):
                 self.compare_labels(x, path, set())
             return self.met_again(x, path)
         index = self.number(x, path, (rule, self.start))
@@ -509,7 +509,8 @@ def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
     places = "\n".join(f"  - {show_path(path)}" for path in paths)
     text = f"Duplicate {_kind_name(x)}\nfound at paths:\n\n{places}\n\n"
     if what:
-        text += f"Without graph updates, nnx.{what} can take an object once, and cannot hand an input out again.\n"
+        text += (f"Without graph updates, nnx.{what} does not support Variable aliasing: it can take an object once, "
+                 "and cannot hand an input out again.\n")  # fmt: skip
         fix = f"remove the duplicate, pass a copy (nnx.clone), or use nnx.{what}(..., graph=True, graph_updates=True) or nnx.compat.{what}"
     else:
         text += "A tree (graph=False) does not support shared references.\n"

@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 
-from .boundary import PLAIN, Boundary, Note, is_root, write_back
+from .boundary import Boundary, Note, is_root, positions_inside, write_back
 from .errors import BatisteError
-from .flatten import ARRAY_REF, LEAF, VARIABLE, walk_defs
 from .jaxcompat import current_trace
 from .state import State
 from .variable import Epoch, Variable
@@ -63,7 +62,7 @@ class Plan:
         self.containers = [(c, *_snapshot(c)) for c in flat.containers]
         positions = iter([i for i, x in enumerate(leaves) if not is_root(x)])
         self.sources: dict[int, Callable[[Sequence[Any]], Any]] = {}
-        inside = _positions_inside(crossing.walked.defs)
+        inside = positions_inside(crossing.walked.defs)
         for n, x in enumerate(flat.leaves):
             if n not in inside:
                 self.sources[n] = operator.itemgetter(next(positions))
@@ -143,17 +142,3 @@ def _slot_reader(owner: weakref.ref, name: str):
 
 def _constant(x: Any):
     return lambda leaves: x
-
-
-def _positions_inside(defs: Sequence[Any]) -> set[int]:
-    """The entry positions of leaves that lie inside root objects, not beside them."""
-    found, n = set(), 0
-    for d in defs:
-        if d is PLAIN:
-            n += 1
-            continue
-        for _, part in walk_defs(d):
-            if part[0] in (LEAF, VARIABLE, ARRAY_REF):
-                found.add(n)
-                n += 1
-    return found

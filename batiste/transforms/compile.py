@@ -313,7 +313,7 @@ def refuse_rules(mode: Mode, **prefixes: Any) -> None:
         for spec in jax.tree.leaves(prefix, is_leaf=lambda x: isinstance(x, Rules) or is_root(x)):
             if is_root(spec) and mode.live:
                 raise ArgumentError(
-                    f"Found a graph node of type {type(spec).__name__} in `{name}` for nnx.{mode.name}: graph nodes are not "
+                    f"Found a graph node of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Graph nodes are not "
                     "allowed as prefixes when `graph=True` and `graph_updates=True`",
                     fix=f"use StateAxes, StateSharding or DiffState there, or nnx.{mode.name}(..., graph_updates=False)",
                 )
