@@ -185,11 +185,16 @@ def _slices(x: Array, window: Sequence[int], strides: Sequence[int]) -> Iterator
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _sum(x: Array, window: Numbers, strides: Numbers, pads: Pads) -> Array:
     padded = _pad(x, 0, pads)
-    if window == strides and window:
+    if window == strides and window and not _is_split(padded):
         return _tiled(padded, window)
     if _is_small(padded, window, strides):
         return functools.reduce(operator.add, _slices(padded, window, strides))
     return _reduce_window(x, np.zeros((), x.dtype), lax.add, window, strides, pads)
+
+
+def _is_split(x: Array) -> bool:
+    """Whether the type of `x` says which mesh axes its dims lie on: then a reshape would not know where to put them."""
+    return any(axes is not None for axes in jax.typeof(x).sharding.spec)
 
 
 def _tiled(x: Array, window: Numbers) -> Array:

@@ -137,6 +137,16 @@ def test_under_vmap():
     np.testing.assert_array_equal(jax.vmap(lambda x: max_pool(x, (2, 2)))(x), max_pool(x, (2, 2)))
 
 
+@pytest.mark.parametrize("function", [max_pool, avg_pool])
+def test_an_input_that_is_split_over_a_mesh_by_its_type_stays_split(function):
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = distinct(jax.device_count(), 4, 4, 1)
+    with jax.set_mesh(mesh):
+        y = function(jax.device_put(x, jax.P("data")), (2, 2), (2, 2))
+    assert jax.typeof(y).sharding.spec == jax.P("data", None, None, None)
+    np.testing.assert_allclose(y, function(x, (2, 2), (2, 2)), rtol=1e-6)
+
+
 # ---------------------------------------------------------------- any reduction
 def test_pool_with_a_reduction_of_ones_own():
     x = distinct(2, 6, 6, 1) / 10
