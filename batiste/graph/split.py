@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -258,6 +259,56 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
     if arrays:
         parts = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, parts)
     return merge(description, parts, copy=variables)
+
+
+# ---------------------------------------------------------------- methods of an object that is cut
+class ApplyCaller:
+    """Stands for an object that is cut, or for something that it leads to: attributes and items lead on, a call runs it there.
+
+    A call returns `(result, (graphdef, state))`, with the object as the call left it.
+    """
+
+    def __init__(self, graphdef: GraphDef, states: tuple[Any, ...], graph: bool | None = None,
+                 steps: tuple[Callable[[Any], Any], ...] = ()):  # fmt: skip
+        self._cut, self._steps = (graphdef, states, graph), steps
+
+    def __getattr__(self, name: str) -> ApplyCaller:
+        return ApplyCaller(*self._cut, (*self._steps, operator.attrgetter(name)))
+
+    def __getitem__(self, key: Any) -> ApplyCaller:
+        return ApplyCaller(*self._cut, (*self._steps, operator.itemgetter(key)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[GraphDef, Any]]:
+        description, states, graph = self._cut
+        node = target = merge(description, *states)
+        for step in self._steps:
+            target = step(target)
+        out = target(*args, **kwargs)
+        return out, split(node, graph=graph)
+
+    def __repr__(self) -> str:
+        return "ApplyCaller(call it, or lead on by attribute or item)"
+
+
+def call(graphdef_state: tuple[GraphDef, Any], /) -> ApplyCaller:
+    """Runs methods of an object that is cut: `out, (graphdef, state) = call((graphdef, state)).method(*args)`.
+
+    >>> from batiste.graph import Dict, Variable
+    >>> cut = split(Dict(a=Variable(1.0)))
+    >>> out, cut = call(cut)["a"].get_value()
+    >>> out
+    1.0
+    """
+    description, *states = graphdef_state
+    return ApplyCaller(description, tuple(states))
+
+
+def _apply(self: GraphDef, state: Any, *states: Any, graph: bool | None = None) -> ApplyCaller:
+    """`graphdef.apply(state).method(*args)` is `call((graphdef, state)).method(*args)`."""
+    return ApplyCaller(self, (state, *states), graph)
+
+
+GraphDef.apply = _apply  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- a State with its GraphDef

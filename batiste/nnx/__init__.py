@@ -25,11 +25,12 @@ _HOMES = {
     "batiste.graph.variable": "LostUpdateWarning",
     "batiste.graph.rng": "Rngs RngCount RngKey RngState RngStream",
     "batiste.graph.restream": "backup_keys fork_rngs reseed restore_rngs split_rngs with_rngs",
+    "batiste.graph.split": "call",
     "batiste.graph.walk": "vars_as with_vars",
     "batiste.graph.backing": "var_defaults",
     "batiste.graph.passing": """
-        MergeContext NodeStates SplitContext UpdateContext call current_update_context flatten from_tree merge_context
-        split_context to_tree unflatten update_context""",
+        MergeContext NodeStates SplitContext UpdateContext current_update_context flatten from_tree merge_context split_context
+        to_tree unflatten update_context""",
     "batiste.sharding": """
         PARTITION_NAME abstract_with_sharding as_abstract get_abstract_model get_named_sharding get_partition_spec
         logical_axis_rules with_partitioning with_sharding_constraint""",
