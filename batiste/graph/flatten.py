@@ -97,7 +97,7 @@ class Settings:
 
     def key(self):
         if self._key is None:
-            self._key = (self.names, tuple(map(type, self.values)), tuple(map(_comparable, self.values)))
+            self._key = (self.names, tuple(map(type, self.values)), tuple(map(comparable, self.values)))
         return self._key
 
     def __hash__(self):
@@ -111,7 +111,7 @@ class Settings:
     def _unhashable(self) -> StaticError:
         for name, value in zip(self.names, self.values):
             try:
-                hash(_comparable(value))
+                hash(comparable(value))
             except TypeError as error:
                 return StaticError(f"static attribute '{name}' cannot be hashed", got=f"{type(value).__name__} ({error})",
                                    expected="a value with __hash__ and __eq__",
@@ -125,15 +125,15 @@ class Settings:
 _ATOMS = frozenset({int, float, bool, str, type(None), bytes, complex, type, type(lambda: None), type(len), type(...)})
 
 
-def _comparable(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """A hashable copy of a setting: plain containers are turned into tuples, so that a change in place is seen."""
     kind = type(value)
     if kind in _ATOMS:
         return value
     if kind is list or kind is tuple:
-        return (kind, tuple(map(_comparable, value)))
+        return (kind, tuple(map(comparable, value)))
     if kind is dict:
-        return (kind, tuple((k, _comparable(v)) for k, v in value.items()))
+        return (kind, tuple((k, comparable(v)) for k, v in value.items()))
     if kind is set:
         return (kind, frozenset(value))
     return value
@@ -280,9 +280,9 @@ ANY = _Any()
 class Flat:
     """What a traversal found: leaves (Variables, Refs and bare arrays) with their paths and labels, and all objects."""
 
-    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers", "slots")
+    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers", "settings", "slots")
 
-    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers, slots):
+    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers, settings, slots):
         self.graphdef: GraphDef = graphdef
         self.leaves: list[Any] = leaves
         self.paths: list[Path] = paths
@@ -290,6 +290,7 @@ class Flat:
         self.objects: dict[int, Any] = objects  # by number
         self.numbers: dict[int, int] = numbers  # id(object) -> number
         self.containers: list[Any] = containers  # plain lists and dicts, which change without telling
+        self.settings: list[Any] = settings  # lists, dicts and sets in static attributes
         self.slots: dict[int, tuple[Any, str]] = slots  # position of a bare array -> the object and attribute that hold it
 
     def values(self) -> list[Any]:
@@ -327,6 +328,8 @@ class _Walk:
         self.objects: dict[int, Any] = {}
         self.seen: dict[int, tuple[int, Any, Path]] = {}  # id -> (number, label or rule, path)
         self.containers: list[Any] = []
+        self.settings: list[Any] = []
+        self.in_state = 0
         self.slots: dict[int, tuple[Any, str]] = {}
         self.fresh = 0
         self.rule: Rule | None = None
@@ -336,7 +339,7 @@ class _Walk:
     def finish(self, root: Any) -> Flat:
         numbers = {key: entry[0] for key, entry in self.seen.items()}
         graphdef = GraphDef(root, len(self.leaves), self.paths)
-        return Flat(graphdef, self.leaves, self.paths, self.labels, self.objects, numbers, self.containers, self.slots)
+        return Flat(graphdef, self.leaves, self.paths, self.labels, self.objects, numbers, self.containers, self.settings, self.slots)
 
     # ------------------------------------------------------------ leaves and objects
     def label_of(self, path: Path, x: Any) -> Any:
@@ -421,7 +424,7 @@ class _Walk:
                 names.append(name)
                 values.append(value)
                 if type(value) in _MUTABLE:
-                    self.containers.append(value)
+                    self.settings.append(value)
         settings = Settings(tuple(names), tuple(values))
         return ObjectDef(OBJECT, type(x), index, tuple(keys), tuple(children), settings, tuple(nodes.items()))
 
@@ -471,9 +474,14 @@ class _Walk:
         else:
             pairs, form = one_level(x)  # type: ignore[misc]
             keys, children = [key_name(p[-1]) for p, _ in pairs], [child for _, child in pairs]
-        if form not in (tuple,) and kind != _IS_NAMED:
+        if form is State:  # it tells when it changes, also in the dicts inside it
+            self.in_state += 1
+        elif form is not tuple and kind != _IS_NAMED and not self.in_state:
             self.containers.append(x)
-        return TreeDef(TREE, form, tuple(keys), tuple(self.value(c, (*path, k)) for k, c in zip(keys, children)))
+        children = tuple(self.value(c, (*path, k)) for k, c in zip(keys, children))
+        if form is State:
+            self.in_state -= 1
+        return TreeDef(TREE, form, tuple(keys), children)
 
 
 _NUMBERS = frozenset({int, float, bool, complex})

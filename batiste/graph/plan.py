@@ -18,8 +18,8 @@ import jax
 
 from .boundary import Boundary, Note, is_root, positions_inside, write_back
 from .errors import BatisteError
+from .flatten import comparable
 from .jaxcompat import current_trace
-from .state import State
 from .variable import Epoch, Variable
 
 _set = Variable._raw_value.__set__  # type: ignore[attr-defined]
@@ -30,22 +30,27 @@ class StalePlanError(BatisteError):
     """A remembered flattening no longer described the objects: someone went around attribute assignment."""
 
 
-def _snapshot(container: Any) -> tuple[Any, Any]:
-    """The keys and children of a plain container, to be compared by identity."""
-    if isinstance(container, State):
-        container = container._mapping
+def _watch(container: Any) -> Callable[[], bool]:
+    """A question that is answered with True while a plain container holds the very same children."""
     if isinstance(container, dict):
-        return list(container), list(container.values())
-    if isinstance(container, (list, tuple)):
-        return None, list(container)
-    if isinstance(container, set):
-        return None, list(container)
-    return None, jax.tree.leaves(container, is_leaf=lambda x: x is not container)
+        keys, values, n = list(container), list(container.values()), len(container)
+        return lambda: len(container) == n and all(map(operator.is_, container.values(), values)) and all(map(operator.eq, container, keys))
+    if isinstance(container, list):
+        items = list(container)
+        return lambda: len(container) == len(items) and all(map(operator.is_, container, items))
+    children, form = jax.tree.flatten(container, is_leaf=lambda x: x is not container)
+
+    def same() -> bool:
+        now, now_form = jax.tree.flatten(container, is_leaf=lambda x: x is not container)
+        return len(now) == len(children) and all(map(operator.is_, now, children)) and now_form == form
+
+    return same
 
 
-def _unchanged(container: Any, keys: Any, children: list[Any]) -> bool:
-    now_keys, now = _snapshot(container)
-    return len(now) == len(children) and all(map(operator.is_, now, children)) and now_keys == keys
+def _watch_setting(value: Any) -> Callable[[], bool]:
+    """A question that is answered with True while a list, dict or set in a static attribute has the same contents."""
+    contents = comparable(value)
+    return lambda: comparable(value) == contents
 
 
 class Plan:
@@ -57,9 +62,10 @@ class Plan:
         self.labels = crossing.labels
         self.roots = [(i, weakref.ref(x, lambda _: forget(self))) for i, x in enumerate(leaves) if is_root(x)]
         self.kinds = [is_root(x) for x in leaves]
+        self.types: list[type] | None = None  # of the arguments, where these are nothing but objects and arrays
         self.leaves = [x if isinstance(x, Variable) else None for x in flat.leaves]
         self.objects = {i: weakref.ref(x) for i, x in flat.objects.items()}
-        self.containers = [(c, *_snapshot(c)) for c in flat.containers]
+        self.watches = [*map(_watch, flat.containers), *map(_watch_setting, flat.settings)]
         positions = iter([i for i, x in enumerate(leaves) if not is_root(x)])
         self.sources: dict[int, Callable[[Sequence[Any]], Any]] = {}
         inside = positions_inside(crossing.walked.defs)
@@ -79,16 +85,25 @@ class Plan:
         self.targets: list[list[Variable]] = []
         self.out_order: list[tuple[int, int]] = []
 
+    def takes(self, args: tuple) -> bool:
+        """Whether these arguments are the leaves themselves, and the plan describes them: the shortest way."""
+        return list(map(type, args)) == self.types and self.is_current(args)
+
     def fits(self, leaves: Sequence[Any]) -> bool:
-        """Whether the plan still describes these arguments, whose plain structure is known to be the same."""
+        """Whether the plan describes these leaves, whose plain structure is known to be the same."""
+        return self.kinds == [is_root(x) for x in leaves] and self.is_current(leaves)
+
+    def is_current(self, leaves: Sequence[Any]) -> bool:
+        """Whether the objects are the same and nothing of their structure has changed."""
         if self.epoch != Epoch.now:
             return False
         for i, root in self.roots:
             if leaves[i] is not root():
                 return False
-        if self.kinds != [is_root(x) for x in leaves] or self.trace != current_trace():
-            return False
-        return not self.containers or all(_unchanged(*c) for c in self.containers)
+        for same in self.watches:
+            if not same():
+                return False
+        return self.trace == current_trace()
 
     def gather(self, leaves: Sequence[Any]) -> list[list[Any]]:
         """The present values, one list per label."""

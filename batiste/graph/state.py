@@ -12,7 +12,7 @@ import jax
 from .errors import StructureError
 from .filters import Filter, Path, PathIn, to_predicates
 from .represent import Layout, Nested, represent, treescope_form
-from .variable import Variable
+from .variable import Variable, structure_changed
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -218,9 +218,11 @@ class State(MutableMapping[K, V]):
         return type(self)(value, _copy=False) if type(value) is dict else value
 
     def __setitem__(self, key: K, value: Any) -> None:
+        structure_changed()  # a plan may rest on this State
         self._mapping[key] = value._mapping if isinstance(value, State) else value
 
     def __delitem__(self, key: K) -> None:
+        structure_changed()
         del self._mapping[key]
 
     def __getattr__(self, name: str) -> Any:

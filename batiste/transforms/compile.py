@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -156,43 +157,44 @@ class JitWrapped:
             self.out_labels = ANY
         self.programs: dict[Any, Any] = {}
         self.plans: dict[Any, Plan] = {}
-        self.latest: tuple[Any, Any, Plan] | None = None
+        self.latest: Plan | None = None
 
     def __get__(self, instance, owner=None):
         """A decorated method binds its object as the first argument."""
         return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs, static = self.arguments.cut(args, kwargs)
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_root)
-        latest = self.latest
-        if latest is not None and latest[0] == treedef and latest[1] == static and latest[2].fits(leaves):
-            plan = latest[2]
-            if config.check_plans:
-                plan.check(self.enter(args, kwargs, static)[0])
-        else:
-            plan = self.find(args, kwargs, static, leaves, treedef)
+        plan = self.latest
+        leaves: Sequence[Any] = args
+        if plan is None or kwargs or not plan.takes(args):
+            plan, leaves = self.find(args, kwargs)
+        if config.check_plans:
+            plan.check(self.enter(*self.arguments.cut(args, kwargs))[0])
         groups, note = plan.program(*plan.gather(leaves))
         return plan.scatter(groups, note, leaves)
 
-    def find(self, args: tuple, kwargs: dict[str, Any], static: Any, leaves: Sequence[Any], treedef: Any) -> Plan:
-        """The plan of these arguments: remembered, or made now."""
+    def find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, Sequence[Any]]:
+        """The plan of these arguments, remembered or made now, and their leaves."""
+        args, kwargs, static = self.arguments.cut(args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_root)
         key = (treedef, static, *[id(x) if is_root(x) else None for x in leaves])
         plan = self.plans.get(key)
         if plan is None or not plan.fits(leaves):
             boundary, _ = self.enter(args, kwargs, static)
             program = self.program(boundary, static)
             plan = Plan(boundary, leaves, program, lambda _: self.forget(key))
+            if static is None and not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)):
+                plan.types = list(map(type, args))
             self.plans[key] = plan
             while len(self.plans) > 64:
                 self.plans.pop(next(iter(self.plans)))
-        self.latest = treedef, static, plan
-        return plan
+        self.latest = plan
+        return plan, leaves
 
     def forget(self, key: Any) -> None:
         """Drops the plan of objects that are gone."""
         plan = self.plans.pop(key, None)
-        if self.latest is not None and self.latest[2] is plan:
+        if self.latest is plan:
             self.latest = None
 
     def enter(self, args: tuple, kwargs: dict[str, Any], static: Any) -> tuple[Boundary, Any]:
