@@ -125,7 +125,7 @@ class _Call:
     def backward(
         self, static: tuple, saved: tuple[list[Any], GraphDef, Note], groups: Sequence[Sequence[Any]]
     ) -> tuple[Any, Any]:
-        """What `jax.custom_vjp` calls for the backward pass: cotangents of all that came back -> of all that went in."""
+        """What `jax.custom_vjp` calls for the backward pass: cotangents of what came back -> of what went in."""
         values, graphdef, note = saved
         residuals, _ = unflatten_graph(graphdef.root, values)
         crossing, like = self.crossing, Likeness(self.crossing.walked, self.mode)
