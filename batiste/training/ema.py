@@ -45,12 +45,17 @@ class EMA(Pytree):
         Raises:
             StructureError: the averages and the new values do not fit; the message names the paths.
         """
-        averages = dict(to_flat_state(self.params))
-        values = {path: v.get_value() for path, v in averages.items()}
-        fix = "pass the model that the EMA was made for"
-        new = match(updates, values, self.filter, self.graph, what="The new values", fix=fix)
-        for variable, value in zip(averages.values(), new):
+        for variable, value in zip(self._variables().values(), self._matching(updates, "The new values")):
             variable.set_value(jax.tree.map(self._average, variable.get_value(), value))
+
+    def _variables(self) -> dict[Any, Variable]:
+        return dict(to_flat_state(self.params))
+
+    def _matching(self, given: Any, what: str) -> list[Any]:
+        averages = {path: v.get_value() for path, v in self._variables().items()}
+        return match(
+            given, averages, self.filter, self.graph, what=what, fix="pass the model that the EMA was made for"
+        )
 
     def _average(self, old: Any, new: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
@@ -63,6 +68,7 @@ class EMA(Pytree):
         Raises:
             StructureError: the averages are not those of a model of this structure.
         """
+        self._matching(model, "The values of the model")
         graphdef, _, rest = split(model, self.filter, ..., graph=self.graph)  # type: ignore[misc]
         return merge(graphdef, self.params, rest)
 

@@ -37,7 +37,7 @@ def match(given: Any, wanted: dict[Path, Any], wrt: Any, graph: bool | None, *, 
             complaints.append(f"{path_text(path)} has shape {got}, expected {expected}")
     if complaints:
         shown = complaints[:SHOWN] + [f"and {len(complaints) - SHOWN} more"] * (len(complaints) > SHOWN)
-        raise StructureError(f"{what} do not fit the parameters: {'; '.join(shown)}", got=_kinds(given, graph), fix=fix)
+        raise StructureError(f"{what} do not fit: {'; '.join(shown)}", got=_kinds(given, graph), fix=fix)
     return [found[path] for path in wanted]
 
 

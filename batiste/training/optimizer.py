@@ -29,6 +29,10 @@ from .match import match
 
 __all__ = ["ModelAndOptimizer", "OptArray", "OptState", "OptVariable", "Optimizer", "TrainState", "to_opt_state"]
 
+FIX = (
+    "differentiate the same model with respect to the same Variables, as in "
+    "nnx.grad(loss_fn, argnums=nnx.DiffState(0, optimizer.wrt))(model)"
+)
 M = TypeVar("M")
 F = TypeVar("F", bound=Callable)
 
@@ -133,17 +137,17 @@ class Optimizer(Pytree, Generic[M]):
         pairs, treedef = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_variable)
         paths = [tuple(entry.key for entry in keys) for keys, _ in pairs]
         values = [as_pure(x) for _, x in pairs]
-        gradients = match(
-            grads,
-            dict(zip(paths, values)),
-            self.wrt,
-            self.graph,
-            what="Gradients",
-            fix="differentiate the same model with respect to the same Variables, as in "
-            "nnx.grad(loss_fn, argnums=nnx.DiffState(0, optimizer.wrt))(model)",
-        )
-        params = treedef.unflatten(values)
-        updates, opt_state = self.tx.update(treedef.unflatten(gradients), as_pure(self.opt_state), params, **kwargs)
+        wanted = dict(zip(paths, values))
+
+        def fitted(gradients: Any) -> Any:
+            return treedef.unflatten(
+                match(gradients, wanted, self.wrt, self.graph, what="Gradients and parameters", fix=FIX)
+            )
+
+        params, extra = treedef.unflatten(values), as_pure(kwargs)
+        if isinstance(kwargs.get("grad"), Pytree):  # what optax's line searches call the gradients
+            extra["grad"] = fitted(kwargs["grad"])
+        updates, opt_state = self.tx.update(fitted(grads), as_pure(self.opt_state), params, **extra)
         params = apply_updates(params, updates)
         update(model, FlatState(zip(paths, treedef.flatten_up_to(params)), sort=False))
         jax.tree.map(lambda v, x: v.set_value(x), self.opt_state, opt_state, is_leaf=is_variable)
