@@ -11,16 +11,18 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, Rules, broadcast, walk_tree
 from batiste.graph.errors import ArgumentError, CallError, ShapeError
-from batiste.graph.flatten import _Walk, show_path
+from batiste.graph.flatten import _Walk
 from batiste.graph.modes import graph_mode
 from batiste.graph.pytree import Pytree
 from batiste.graph.variable import MISSING, Variable
 from batiste.graph.walk import node_items, recursive_map
 from batiste.sharding import PARTITION_NAME, add_axis, remove_axis
 
+from .arguments import bound, by_position
 from .compare import argument
 from .compile import refuse_bound_method, refuse_rules
 
@@ -114,7 +116,7 @@ def transform_metadata(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0,
 
     @functools.wraps(f, updated=())
     def renamed(*args, **kwargs):
-        call, args, axes = positional(f, args, kwargs, in_axes)
+        call, args, axes = positional(f, *bound_to_axes(f, args, kwargs, in_axes), in_axes)
         boundary = Boundary(without_axis_names(call, axes, out_axes, {PARTITION_NAME: partition}), mode)
         groups = boundary.enter(args)
         return boundary.leave(boundary.run(groups))
@@ -123,31 +125,23 @@ def transform_metadata(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0,
 
 
 # ---------------------------------------------------------------- arguments and their axes
-def positional(f: Callable, args: tuple, kwargs: dict[str, Any], axes: Any, *,
-               bind: bool = True) -> tuple[Callable, tuple, Any]:  # fmt: skip
-    """`(function, args, axes)` of positions alone: a keyword argument takes its position, or is mapped over axis 0.
+def positional(f: Callable, args: tuple, kwargs: dict[str, Any], axes: Any) -> tuple[Callable, tuple, Any]:
+    """`(function, args, axes)` of positions alone: arguments left with a name are mapped over axis 0, as by `jax.vmap`."""
+    call, xs = by_position(f, args, kwargs)
+    if len(xs) > len(args):
+        each = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,) * len(args)
+        axes = (*each, *(0,) * (len(xs) - len(args)))
+    return call, xs, axes
 
-    Args:
-        bind: False leaves keyword arguments their names, as `jax.vmap` does.
-    """
-    if bind:
-        try:
-            bound = inspect.signature(f).bind(*args, **kwargs)
-        except ValueError:
-            pass  # no signature
-        else:
-            if isinstance(axes, tuple) and len(axes) > len(bound.args):
-                bound.apply_defaults()
-            args, kwargs = bound.args, {k: v for k, v in bound.kwargs.items() if k in kwargs}
-    if not kwargs:
-        return f, args, axes
-    names, count = sorted(kwargs), len(args)
-    each = axes if isinstance(axes, tuple) else (axes,) * count
 
-    def call(*values):
-        return f(*values[:count], **dict(zip(names, values[count:])))
-
-    return call, (*args, *(kwargs[k] for k in names)), (*each, *(0,) * len(names))
+def bound_to_axes(f: Callable, args: tuple, kwargs: dict[str, Any], axes: Any) -> tuple[tuple, dict[str, Any]]:
+    """The same call by position; arguments that were left out but have an axis take their defaults."""
+    args, kwargs = bound(f, args, kwargs)
+    if isinstance(axes, tuple) and len(axes) > len(args):
+        missing = list(inspect.signature(f).parameters.values())[len(args):len(axes)]
+        defaults = [p.default for p in missing if p.default is not p.empty]
+        args = (*args, *defaults) if len(defaults) == len(missing) else args
+    return args, kwargs
 
 
 def check_function(f: Any, mode: Mode, in_axes: Any, out_axes: Any) -> None:
@@ -173,17 +167,14 @@ def check_sizes(name: str, crossing: Crossing, leaves: Sequence[Any]) -> None:
         ShapeError: two differ, or a value has no such axis.
     """
     sizes: dict[int, list[str]] = {}
-    arrays = [(path, axis, x) for path, axis, leaf in zip(crossing.paths, crossing.leaf_labels, leaves)
-              for x in jax.tree.leaves(leaf)]  # fmt: skip
-    for path, axis, x in arrays:
-        if not isinstance(axis, int):
-            continue
-        shape = jax.numpy.shape(x)
+    mapped = [part for part in zip(crossing.paths, crossing.leaf_labels, leaves) if isinstance(part[1], int)]
+    for path, axis, shape in ((path, axis, jnp.shape(x)) for path, axis, tree in mapped for x in jax.tree.leaves(tree)):
         least = axis + 1 if axis >= 0 else -axis
         if len(shape) < least:
             raise ShapeError(
-                f"{name} was requested to map its argument along axis {axis}, which implies that its rank should be at least "
-                f"{least}, but is only {len(shape)} (its shape is {shape})", at=argument(path), fix="give it the axis None",
+                f"{name} was requested to map its argument along axis {axis}, which implies that its rank should be at "
+                f"least {least}, but is only {len(shape)} (its shape is {shape})", at=argument(path),
+                fix="give it the axis None",
             )  # fmt: skip
         sizes.setdefault(shape[axis], []).append(f"axis {axis} of {argument(path)}, shape {shape}")
     if len(sizes) > 1:
@@ -193,7 +184,7 @@ def check_sizes(name: str, crossing: Crossing, leaves: Sequence[Any]) -> None:
                          fix="give the axis None to what is the same for all")  # fmt: skip
 
 
-_BATCHED = re.compile(r"out_axes\[(\d+)\]\[(\d+)\].*got axis spec None but output was batched")
+_BATCHED = re.compile(r"out_axes\[(\d+)\]\[(\d+)\].*got axis spec None but output was batched on axis (\d+)")
 
 
 def explain_batched(error: ValueError, crossing: Crossing) -> Exception:
@@ -203,9 +194,9 @@ def explain_batched(error: ValueError, crossing: Crossing) -> Exception:
         return error
     label = crossing.labels[int(found[1])]
     path = [path for path, other in zip(crossing.sent, note.labels) if other == label][int(found[2])]
-    who = "a result" if path[:1] == ("out",) else "a Variable with the axis None, written inside,"
+    where = "/".join(map(repr, path)) if path[:1] == ("out",) else f"argument {'/'.join(map(repr, path))}"
     return ArgumentError(
-        f"nnx.{crossing.mode.name}: got axis spec None but output was batched: {who} differs along the axis",
-        at=show_path(path) if path[:1] == ("out",) else argument(path), fix="give it an axis in in_axes and out_axes (StateAxes, nnx.prefix), or reduce it over the axis "
-        "before it is written (jax.lax.pmean)",
+        f"at {crossing.mode.name}, {where}: got axis spec None but output was batched on axis {found[3]}",
+        fix="give it an axis in in_axes and out_axes (StateAxes, nnx.prefix), or reduce it over the axis before it is "
+        "written or returned (jax.lax.pmean)",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import jax
 from batiste.graph.boundary import Boundary, Crossing, Mode, broadcast, is_root
 from batiste.graph.variable import MISSING
 
-from .axes import NO_METADATA, check_function, check_sizes, explain_batched, positional, without_axis_names
+from .axes import NO_METADATA, bound_to_axes, check_function, check_sizes, explain_batched, positional, without_axis_names
 from .compile import Arguments, _way
 
 
@@ -49,7 +49,9 @@ def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Ha
 
     @functools.wraps(f, updated=())
     def mapped(*args, **kwargs):
-        call, args, axes = positional(f, args, kwargs, in_axes, bind=mode.live)
+        if mode.live:
+            args, kwargs = bound_to_axes(f, args, kwargs, in_axes)
+        call, args, axes = positional(f, args, kwargs, in_axes)
         boundary = Boundary(without_axis_names(call, axes, out_axes, metadata), mode, out_axes)
         groups = boundary.enter(args, axes)
         check_sizes("vmap", boundary.crossing, boundary.flat.values())
@@ -93,14 +95,14 @@ def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 
         if isinstance(axes, (tuple, list)):
             axes = tuple(axis for n, axis in enumerate(axes) if n not in arguments.static_numbers)
         join = arguments.join(f, static)
-        call, values, axes = positional(lambda *a, **k: join({"args": a, "kwargs": k}), args, kwargs, axes, bind=False)
+        call, values, axes = positional(lambda *a, **k: join({"args": a, "kwargs": k}), args, kwargs, axes)
         gifts = [*arguments.dynamic_donated(len(args), static), *[False] * len(kwargs)]
         gifts = [gift for gift, x in zip(gifts, values) for _ in jax.tree.leaves(x, is_leaf=is_root)]
         ways = [_way(axis, gift) for axis, gift in zip(broadcast(axes, values, "in_axes"), gifts)]
         call = without_axis_names(call, axes, out_axes, metadata)
         boundary = Boundary(call, mode, out_ways, keep=lambda way: way.donated)
         groups = boundary.enter(values, specs=ways)
-        key = boundary.crossing.key(), static, tuple(sorted(kwargs))
+        key = boundary.crossing.key(), static, tuple(kwargs)
         if key not in programs:
             programs[key] = _parallel(boundary.crossing, options)
         return boundary.leave(*programs[key](groups))

@@ -71,8 +71,13 @@ def _describe(d: Any) -> str:
 def type_difference(paths: Iterable[Path], old: Iterable[Any], new: Iterable[Any]) -> tuple[str, str, str] | None:
     """`(path, type, other type)` of the first pair of values that JAX cannot take for one another."""
     for path, x, y in zip(paths, old, new):
-        a, b = jax.typeof(x), jax.typeof(y)
-        weak = getattr(a, "weak_type", False)
-        if getattr(a, "shape", None) != getattr(b, "shape", None) or (not weak and a.dtype != b.dtype):
-            return argument(path), a.str_short(), b.str_short()
+        a, b = jax.tree.map(jax.typeof, x), jax.tree.map(jax.typeof, y)
+        if jax.tree.structure(a) != jax.tree.structure(b):
+            return argument(path), f"{jax.tree.structure(a)}", f"{jax.tree.structure(b)}"
+        for old_type, new_type in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+            weak = getattr(old_type, "weak_type", False)
+            if getattr(old_type, "shape", 0) != getattr(new_type, "shape", 0) or (
+                not weak and getattr(old_type, "dtype", 0) != getattr(new_type, "dtype", 0)
+            ):
+                return argument(path), old_type.str_short(), new_type.str_short()
     return None

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from batiste.graph.boundary import (
-    PLAIN,
     Boundary,
     Crossing,
     Mode,
@@ -27,13 +26,15 @@ from batiste.graph.boundary import (
     _Shaped,
     build_all,
     is_root,
+    positions_inside,
     walk_tree,
 )
 from batiste.graph.errors import ArgumentError, CallError, CarryError, StructureError
-from batiste.graph.flatten import ARRAY_REF, LEAF, VARIABLE, _Build, _Walk, is_graph_node, walk_defs
+from batiste.graph.flatten import _Build, _Walk, is_graph_node
+from batiste.graph.rng import RngState
 from batiste.graph.variable import MISSING, LostUpdateWarning, Variable
 
-from .axes import NO_METADATA, Carry, check_function, check_sizes, positional, without_axis_names
+from .axes import NO_METADATA, Carry, bound_to_axes, check_function, check_sizes, without_axis_names
 from .compare import argument, structure_difference, type_difference
 
 
@@ -52,7 +53,7 @@ class Turn:
     def __init__(self, crossing: Crossing, at: int | None, held: Mapping[int, Any], take: Callable[[Any], tuple[Any, Any]]):
         self.crossing, self.at, self.held, self.take = crossing, at, held, take
         self.live = crossing.mode.live
-        inside, variables = _inside(crossing.walked), [n is not None for n in crossing.numbers]
+        inside, variables = positions_inside(crossing.walked.defs), [n is not None for n in crossing.numbers]
         carried = [label is Carry or (label is None and not self.live and variables[n])
                    for n, label in enumerate(crossing.leaf_labels)]  # fmt: skip
         still = [n for n, label in enumerate(crossing.leaf_labels) if label is None or label is Carry]
@@ -149,25 +150,23 @@ class Turn:
             )  # fmt: skip
 
     def drop(self, opened: Opened, before: list[Any], positions: Sequence[int], why: str) -> None:
-        """Takes back, with a warning, what was written into Variables that do not come back."""
+        """Takes back, with a warning, what was written into Variables that do not come back.
+
+        Without one for random streams: to be broadcast means that each iteration draws the same numbers.
+        """
         crossing = self.crossing
         for n in positions:
             x = None if crossing.numbers[n] is None else opened.objects[crossing.numbers[n]]
             if isinstance(x, Variable) and x._raw_value is not before[n]:
                 x._raw_value = before[n]
+                if isinstance(x, RngState):
+                    continue
                 warnings.warn(
                     f"an update of the {type(x).__name__} at {argument(crossing.paths[n])} was lost: it {why} "
                     f"nnx.{crossing.mode.name}, where each iteration finds it as it was before.\n  Fix: let it go round, with "
-                    "StateAxes({..., kind: nnx.Carry}) or in the carry; split a random stream with nnx.split_rngs.",
+                    "StateAxes({..., kind: nnx.Carry}), or take it into the carry.",
                     LostUpdateWarning, stacklevel=2,
                 )  # fmt: skip
-
-
-def _inside(walked: Walked) -> set[int]:
-    """The positions of leaves that lie inside objects, not beside them."""
-    tags = [(part[0], d is not PLAIN) for d in walked.defs for _, part in walk_defs(d)]
-    leaves = [inside for tag, inside in tags if tag in (LEAF, VARIABLE, ARRAY_REF)]
-    return {n for n, inside in enumerate(leaves) if inside}
 
 
 # ---------------------------------------------------------------- one call
@@ -252,25 +251,25 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
 
     @functools.wraps(f, updated=())
     def scanned(*args, **kwargs):
-        call, args, axes = positional(f, args, kwargs, in_axes)
-        if call is not f:
+        args, kwargs = bound_to_axes(f, args, kwargs, in_axes)
+        if kwargs:
             raise CallError("keyword arguments could not be resolved to positions", got=sorted(kwargs),
                             fix="nnx.scan wants an axis for each argument: make them positional")  # fmt: skip
-        if axes is Carry and len(args) != 1:
+        if in_axes is Carry and len(args) != 1:
             raise ArgumentError(f"When in_axes=Carry, the function must take exactly one argument, got {len(args)} arguments",
                                 fix="write in_axes=(nnx.Carry, 0, ...)")  # fmt: skip
-        call = without_axis_names(call, axes, out_axes, metadata)
-        loop = Loop(call, mode, args, axes, rest_axes, at, take)
+        call = without_axis_names(f, in_axes, out_axes, metadata)
+        loop = Loop(call, mode, args, in_axes, rest_axes, at, take)
         turn = loop.turn
         check_sizes("scan", turn.crossing, loop.leaves)
         key = turn.crossing.key()
         body = bodies.get(key) if not turn.held else None
         if body is None:
             body = bodies[key] = _body(turn)
-        lanes = [[_to_front(x, axis) for x in loop.values(lane)] for axis, lane in zip(turn.axes, turn.lanes)]
+        lanes = [_move(loop.values(lane), axis, 0) for axis, lane in zip(turn.axes, turn.lanes)]
         start = loop.values(turn.carried), loop.values(turn.fixed)
         (carry, _), (lanes, note) = jax.lax.scan(body, start, lanes, **options)
-        lanes = [[jnp.moveaxis(x, 0, axis) for x in lane] for axis, lane in zip(turn.axes, lanes)]
+        lanes = [_move(lane, 0, axis) for axis, lane in zip(turn.axes, lanes)]
         return put(*loop.leave(carry, lanes, note))
 
     return scanned
@@ -287,8 +286,8 @@ def _body(turn: Turn) -> Callable:
     return body
 
 
-def _to_front(x: Any, axis: int) -> Any:
-    return x if axis == 0 else jnp.moveaxis(x, axis, 0)
+def _move(tree: Any, source: int, destination: int) -> Any:
+    return tree if source == destination else jax.tree.map(lambda x: jnp.moveaxis(x, source, destination), tree)
 
 
 def _carry_of(out_axes: Any) -> tuple[Callable, Callable, Any]:
