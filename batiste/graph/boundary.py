@@ -229,6 +229,7 @@ def walk_tree(walk: _Walk, tree: Any, specs: Sequence[Any], start: Path = ()) ->
         if is_root(x):
             defs.append(walk.value(x, path))
         else:
+            walk.plain.append(len(walk.leaves))
             walk.leaf(x, path)
             defs.append(PLAIN)
     return Walked(treedef, tuple(defs))
@@ -278,9 +279,11 @@ class Crossing:
         self.out_prefix, self.keep = out_prefix, keep
         self.leaf_labels, self.paths = tuple(flat.labels), flat.paths
         self.numbers = [flat.numbers.get(id(x)) for x in flat.leaves]
-        self.labels: tuple = tuple(dict.fromkeys([*labels, *flat.labels, *labels_in(out_prefix)]))
-        variable = [isinstance(x, Variable) for x in flat.leaves]
-        self.order = tuple(sorted(part, key=lambda i: not variable[i]) for part in order(self.labels, flat.labels))
+        new = [label for spec in specs if isinstance(spec, Rule) for label in spec.labels]  # what is set inside may get them
+        self.labels: tuple = tuple(dict.fromkeys([*labels, *flat.labels, *new, *labels_in(out_prefix)]))
+        variable = flat.variables
+        self.order = tuple([i for i in part if variable[i]] + [i for i in part if not variable[i]]
+                           for part in order(self.labels, flat.labels))  # fmt: skip
         self.note: Note | None = None
         self.sent: list[Path] = []  # the paths of what came back last, in order: for error messages
 

@@ -280,9 +280,9 @@ ANY = _Any()
 class Flat:
     """What a traversal found: leaves (Variables, Refs and bare arrays) with their paths and labels, and all objects."""
 
-    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers", "settings", "slots")
+    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers", "settings", "slots", "variables", "plain")
 
-    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers, settings, slots):
+    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers, settings, slots, variables, plain):
         self.graphdef: GraphDef = graphdef
         self.leaves: list[Any] = leaves
         self.paths: list[Path] = paths
@@ -291,10 +291,12 @@ class Flat:
         self.numbers: dict[int, int] = numbers  # id(object) -> number
         self.containers: list[Any] = containers  # plain lists and dicts, which change without telling
         self.settings: list[Any] = settings  # lists, dicts and sets in static attributes
+        self.variables: list[bool] = variables  # per leaf: is it a Variable
+        self.plain: list[int] = plain  # positions of leaves that stand beside objects, not inside them
         self.slots: dict[int, tuple[Any, str]] = slots  # position of a bare array -> the object and attribute that hold it
 
     def values(self) -> list[Any]:
-        return [x._raw_value if isinstance(x, Variable) else x for x in self.leaves]
+        return [x._raw_value if is_variable else x for x, is_variable in zip(self.leaves, self.variables)]
 
 
 Rule = Callable[[Path, Any], Any]
@@ -326,9 +328,12 @@ class _Walk:
         self.paths: list[Path] = []
         self.labels: list[Any] = []
         self.objects: dict[int, Any] = {}
+        self.open: set[int] = set()  # the objects whose children are being walked
         self.seen: dict[int, tuple[int, Any, Path]] = {}  # id -> (number, label or rule, path)
         self.containers: list[Any] = []
         self.settings: list[Any] = []
+        self.variables: list[bool] = []
+        self.plain: list[int] = []
         self.in_state = 0
         self.slots: dict[int, tuple[Any, str]] = {}
         self.fresh = 0
@@ -339,14 +344,16 @@ class _Walk:
     def finish(self, root: Any) -> Flat:
         numbers = {key: entry[0] for key, entry in self.seen.items()}
         graphdef = GraphDef(root, len(self.leaves), self.paths)
-        return Flat(graphdef, self.leaves, self.paths, self.labels, self.objects, numbers, self.containers, self.settings, self.slots)
+        return Flat(graphdef, self.leaves, self.paths, self.labels, self.objects, numbers, self.containers,
+                    self.settings, self.slots, self.variables, self.plain)  # fmt: skip
 
     # ------------------------------------------------------------ leaves and objects
     def label_of(self, path: Path, x: Any) -> Any:
         return self.label if self.rule is None else self.rule(path[self.start :], x)
 
-    def leaf(self, x: Any, path: Path) -> None:
+    def leaf(self, x: Any, path: Path, is_variable: bool = False) -> None:
         self.leaves.append(x)
+        self.variables.append(is_variable)
         self.paths.append(path)
         self.labels.append(self.label_of(path, x))
 
@@ -377,14 +384,14 @@ class _Walk:
             return ArrayRefDef(ARRAY_REF, self.number(x, path, self.labels[-1]))
         if x._var_metadata["ref"] and is_ref(x._raw_value):
             return self.around_ref(x, x._raw_value, path)
-        self.leaf(x, path)
+        self.leaf(x, path, True)
         return VariableDef(VARIABLE, x.type, self.number(x, path, self.labels[-1]), frozen_metadata(x))
 
     def around_ref(self, x: Variable, ref: Any, path: Path) -> VariableDef:
         """A Variable that holds a Ref, which other Variables may hold too."""
         label, entry = self.label_of(path, x), self.seen.get(id(ref))
         if entry is None:
-            self.leaf(x, path)
+            self.leaf(x, path, True)
         elif label != entry[1] and label is not ANY:
             raise inconsistent_error(x, [(entry[2], entry[1]), (path, label)])
         index = self.number(x, path, label)
@@ -394,24 +401,28 @@ class _Walk:
     def object(self, x: Pytree, path: Path) -> Any:
         entry = self.seen.get(id(x))
         rule = self.rule if self.rule is not None else self.label
-        if entry is not None:
+        if entry is not None and (self.graph or id(x) in self.open):  # in a tree, only Variables and cycles are refused
             if self.graph and entry[1] != (rule, self.start):
                 self.compare_labels(x, path, set())
             return self.met_again(x, path)
+        self.open.add(id(x))
         index = self.number(x, path, (rule, self.start))
         object.__setattr__(x, "_planned", True)
         attributes, nodes = x.__dict__, x._pytree__nodes
         keys, children, names, values = [], [], [], []
-        int_keys = x._pytree__has_int_keys
+        int_keys, says_data = x._pytree__has_int_keys, x._pytree__is_pytree
         for name in sorted_names(x):
             value = attributes[name]
-            if type(value) in _ATOMS and (self.graph or not nodes.get(name) or type(value) not in _NUMBERS):
+            if type(value) in _ATOMS and not (says_data and nodes.get(name) and value is not None):
                 names.append(name)
                 values.append(value)
                 continue
             if nodes.get(name):
                 key = int(name) if int_keys and name.isdigit() else name
                 child = self.value(value, (*path, key))
+                if child[0] == STATIC and says_data:  # a plain value that was declared to be data
+                    self.leaf(value, (*path, key))
+                    child = LEAF_DEF
                 if child[0] == STATIC:
                     names.append(name)
                     values.append(value)
@@ -425,6 +436,7 @@ class _Walk:
                 values.append(value)
                 if type(value) in _MUTABLE:
                     self.settings.append(value)
+        self.open.discard(id(x))
         settings = Settings(tuple(names), tuple(values))
         return ObjectDef(OBJECT, type(x), index, tuple(keys), tuple(children), settings, tuple(nodes.items()))
 
@@ -484,7 +496,6 @@ class _Walk:
         return TreeDef(TREE, form, tuple(keys), children)
 
 
-_NUMBERS = frozenset({int, float, bool, complex})
 _MUTABLE = frozenset({list, dict, set})
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import operator
@@ -17,7 +16,7 @@ from batiste.graph.config import config
 from batiste.graph.errors import ArgumentError
 from batiste.graph.flatten import ANY
 from batiste.graph.plan import Plan
-from batiste.graph.variable import MISSING
+from batiste.graph.variable import MISSING, Variable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,12 +32,18 @@ class StateSharding(Rules):
         return self.labels
 
 
-@dataclasses.dataclass(frozen=True)
 class Way:
-    """The label of jit: where a value lives, and whether its buffer is given away."""
+    """The label of jit: where a value lives, and whether its buffer is given away. Equal ones are one object."""
 
-    sharding: Any
-    donated: bool
+    __slots__ = ("donated", "sharding")
+    _known: dict[tuple[Any, bool], Way] = {}
+
+    def __new__(cls, sharding: Any, donated: bool) -> Way:
+        known = cls._known.get((sharding, donated))
+        if known is None:
+            known = cls._known[sharding, donated] = object.__new__(cls)
+            known.sharding, known.donated = sharding, donated
+        return known
 
     def __str__(self):
         return f"{self.sharding}, donated" if self.donated else f"{self.sharding}"
@@ -313,6 +318,11 @@ def refuse_rules(mode: Mode, **prefixes: Any) -> None:
     """
     for name, prefix in prefixes.items():
         for spec in jax.tree.leaves(prefix, is_leaf=lambda x: isinstance(x, Rules) or is_root(x)):
+            if isinstance(spec, Variable):
+                raise ArgumentError(
+                    f"Found Variable of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Variables prefixes are not "
+                    "supported", fix="give one label for the whole Variable, not a Variable around a label",
+                )  # fmt: skip
             if is_root(spec) and mode.live:
                 raise ArgumentError(
                     f"Found a graph node of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Graph nodes are not "
