@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from .boundary import Boundary, Note, is_root, positions_inside, write_back
+from .boundary import Boundary, Note, is_root, write_back
 from .errors import BatisteError
 from .flatten import comparable
 from .jaxcompat import current_trace
@@ -63,19 +63,18 @@ class Plan:
         self.roots = [(i, weakref.ref(x, lambda _: forget(self))) for i, x in enumerate(leaves) if is_root(x)]
         self.kinds = [is_root(x) for x in leaves]
         self.types: list[type] | None = None  # of the arguments, where these are nothing but objects and arrays
-        self.leaves = [x if isinstance(x, Variable) else None for x in flat.leaves]
+        self.leaves = [x if is_variable else None for x, is_variable in zip(flat.leaves, flat.variables)]
         self.objects = {i: weakref.ref(x) for i, x in flat.objects.items()}
         self.watches = [*map(_watch, flat.containers), *map(_watch_setting, flat.settings)]
         positions = iter([i for i, x in enumerate(leaves) if not is_root(x)])
         self.sources: dict[int, Callable[[Sequence[Any]], Any]] = {}
-        inside = positions_inside(crossing.walked.defs)
-        for n, x in enumerate(flat.leaves):
-            if n not in inside:
-                self.sources[n] = operator.itemgetter(next(positions))
-            elif n in flat.slots:
+        for n in flat.plain:
+            self.sources[n] = operator.itemgetter(next(positions))
+        for n, (x, is_variable) in enumerate(zip(flat.leaves, flat.variables)):
+            if n in flat.slots:
                 owner, name = flat.slots[n]
                 self.sources[n] = _slot_reader(weakref.ref(owner), name)
-            elif not isinstance(x, Variable):
+            elif not is_variable and n not in self.sources:
                 self.sources[n] = _constant(x)
         self.groups = []
         for part in crossing.order:
@@ -145,7 +144,7 @@ class Plan:
         Raises:
             StalePlanError: they differ.
         """
-        fresh = [x if isinstance(x, Variable) else None for x in boundary.flat.leaves]
+        fresh = [x if is_variable else None for x, is_variable in zip(boundary.flat.leaves, boundary.flat.variables)]
         if len(fresh) != len(self.leaves) or any(a is not b for a, b in zip(fresh, self.leaves)):
             raise StalePlanError("the remembered structure of a call's arguments is out of date",
                                  fix="change attributes by assignment, not through __dict__ or object.__setattr__")  # fmt: skip
