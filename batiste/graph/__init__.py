@@ -11,7 +11,6 @@
 """
 
 from .birth import make
-from .config import config
 from .filters import All, Any, Everything, Not, Nothing, OfType, PathContains, PathIn, WithTag, to_predicate, to_predicates
 from .flatten import GraphDef, flatten_graph, is_graph_node, unflatten_graph
 from .modes import graph_mode, graph_updates_mode, set_graph_mode, set_graph_updates
