@@ -116,9 +116,9 @@ class Accuracy(Average):
                 f"logits.ndim=={'labels.ndim' if binary else 'labels.ndim+1'}, got {logits.ndim} and {labels.ndim}",
                 at=type(self).__name__,
                 got=f"logits {logits.shape}, labels {labels.shape}",
-                fix="pass threshold=0.5 for labels of the shape of the logits"
-                if not binary
-                else "leave out threshold=",
+                fix="leave out threshold= where the logits have a dim of classes"
+                if binary
+                else "pass class numbers, such as jnp.argmax(one_hot, axis=-1), or threshold= for one yes or no per logit",
             )
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ArgumentError(
