@@ -109,7 +109,7 @@ class Rules(Rule):
         for predicate, label in zip(self.predicates, self.labels):
             if predicate(path, x):
                 return label
-        raise ArgumentError(f"no filter of {type(self).__name__} matches", at="/".join(map(str, path)), got=type(x).__name__,
+        raise ArgumentError("No filter matched leaf", at=show_path(path), got=f"{type(x).__name__} and {self}",
                             fix="end the mapping with `...`")  # fmt: skip
 
     def keys(self):
@@ -131,7 +131,7 @@ class Rules(Rule):
         return f"{type(self).__name__}({dict(self.items())})"
 
 
-class _Shaped(Rule):
+class Shaped(Rule):
     """Labels that stand in an object of the same structure, as `nnx.prefix` makes it; one may stand for a whole part."""
 
     def __init__(self, root: Any):
@@ -145,7 +145,7 @@ class _Shaped(Rule):
         raise ArgumentError("the prefix has no label for a leaf", at="/".join(map(str, path)), fix="make it with nnx.prefix")
 
     def __eq__(self, other):
-        return isinstance(other, _Shaped) and self.by_path == other.by_path
+        return isinstance(other, Shaped) and self.by_path == other.by_path
 
     def __hash__(self):
         return hash(tuple(self.by_path.items()))
@@ -173,14 +173,14 @@ def labels_in(prefix: Any) -> list[Any]:
     """All labels that a prefix can give."""
     found: list[Any] = []
     for spec in jax.tree.leaves(prefix, is_leaf=_is_spec):
-        found += spec.labels if isinstance(spec, Rule) else _Shaped(spec).labels if is_root(spec) else [spec]
+        found += spec.labels if isinstance(spec, Rule) else Shaped(spec).labels if is_root(spec) else [spec]
     return found
 
 
 def broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool] = is_root) -> list[Any]:
     """What the prefix says of each leaf (plain leaf or root object) of `tree`: a label, or a rule that gives one."""
     if not isinstance(prefix, (tuple, list, dict)):
-        spec = _Shaped(prefix) if is_root(prefix) else prefix
+        spec = Shaped(prefix) if is_root(prefix) else prefix
         return [spec] * len(jax.tree.leaves(tree, is_leaf=is_leaf))
     if isinstance(prefix, list) and isinstance(tree, tuple):
         prefix = tuple(prefix)
@@ -193,7 +193,7 @@ def broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool] 
     found: list[Any] = []
     for spec, part in zip(specs, parts):
         count = len(jax.tree.leaves(part, is_leaf=is_leaf))
-        found += [_Shaped(spec) if is_root(spec) else spec] * count
+        found += [Shaped(spec) if is_root(spec) else spec] * count
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from batiste.graph.boundary import Boundary, Mode, Rule, Rules, broadcast, is_root
+from batiste.graph.boundary import Boundary, Mode, Rule, Rules, Shaped, broadcast, is_root
 from batiste.graph.config import config
 from batiste.graph.errors import ArgumentError
 from batiste.graph.flatten import ANY
@@ -65,6 +65,7 @@ class _WayRule(Rule):
 
 
 def _way(spec: Any, donated: bool) -> Any:
+    spec = Shaped(spec) if is_root(spec) else spec
     return _WayRule(spec, donated) if isinstance(spec, Rule) else Way(spec, donated)
 
 

@@ -22,8 +22,8 @@ from batiste.graph.boundary import (
     Note,
     Opened,
     Rule,
+    Shaped,
     Walked,
-    _Shaped,
     build_all,
     is_root,
     positions_inside,
@@ -324,7 +324,7 @@ def _check_axes(in_axes: Any, out_axes: Any, mode: Mode) -> int | None:
         places.append(tops)
         is_leaf = lambda x: x is None or isinstance(x, Rule) or is_root(x)
         for keys, spec in jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_leaf)[0]:
-            spec = _Shaped(spec) if is_root(spec) else spec
+            spec = Shaped(spec) if is_root(spec) else spec
             labels, where = spec.labels if isinstance(spec, Rule) else (spec,), jax.tree_util.keystr(keys)
             top = spec is Carry and len(keys) == isinstance(axes, tuple)
             if Carry in labels and not top and not (mode.live and isinstance(spec, Rule) and name == "in_axes"):
