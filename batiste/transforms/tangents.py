@@ -165,10 +165,10 @@ def _values(walk: _Walk, d: Any, x: Any, what: str) -> dict[Path, Any]:
     """What `x` holds for one entry, by path."""
     if x is None:
         return {}
-    if d is PLAIN or (d[0] == VARIABLE and not is_root(x)):
-        return {(): x}
     if isinstance(x, State):
         return {path: _handed_in(v) for path, v in flat_pairs(x)}
+    if d is PLAIN or (d[0] == VARIABLE and not is_root(x)):
+        return {(): x}
     if not is_root(x):
         raise AutodiffError(
             f"{what} does not look like its argument: Expected State or Variable, got {type(x).__name__}",
