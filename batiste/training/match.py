@@ -31,6 +31,8 @@ def match(given: Any, wanted: dict[Path, Any], wrt: Any, graph: bool | None, *, 
     found, others = _values(given, wrt, graph)
     complaints = [_missing(path, others) for path in wanted if path not in found]
     complaints += [f"{path_text(path)} is unknown" for path in found if path not in wanted]
+    if others and not wanted:
+        complaints.append(f"the filter {to_predicate(wrt)} matches no Variable")
     for path, target in wanted.items():
         got, expected = (getattr(x, "shape", None) for x in (found.get(path), target))
         if None not in (got, expected) and got != expected:

@@ -118,7 +118,7 @@ class Accuracy(Average):
                 got=f"logits {logits.shape}, labels {labels.shape}",
                 fix="leave out threshold= where the logits have a dim of classes"
                 if binary
-                else "pass class numbers, such as jnp.argmax(one_hot, axis=-1), or threshold= for one yes or no per logit",
+                else "pass class numbers, as jnp.argmax(one_hot, axis=-1), or threshold= for a yes or no per logit",
             )
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ArgumentError(

@@ -52,6 +52,7 @@ def as_statistics(grads):
 CASES: list[tuple[str, Callable[[], object]]] = [
     ("gradients lack a part of the model", lambda: update(lambda grads: without(grads, "decoder"))),
     ("gradients of less than the optimizer trains", lambda: update(lambda g: g, wrt=[nnx.Param, nnx.BatchStat])),
+    ("optimizer that trains nothing", lambda: update(lambda g: g, wrt=nnx.LoRAParam)),
     ("gradients of transposed arrays", lambda: update(lambda grads: jax.tree.map(jnp.transpose, grads))),
     ("gradients of another kind", lambda: update(as_statistics)),
     ("gradients of another model", lambda: update(lambda grads: nnx.Linear(4, 8, rngs=nnx.Rngs(0)))),

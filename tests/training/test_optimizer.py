@@ -144,6 +144,30 @@ def test_every_mode_trains(graph, updates):
     assert model.calls[...] == 20
 
 
+@pytest.mark.parametrize("backing", [{}, {"ref": True}, {"hijax": True}])
+def test_every_backing_of_parameters_trains(backing):
+    model = nnx.Dict(p=nnx.Param(jnp.ones(3), **backing))
+    optimizer = Optimizer(model, optax.sgd(1.0, momentum=0.9), wrt=nnx.Param)
+    step = nnx.jit(lambda model, optimizer: optimizer.update(model, {"p": jnp.ones(3)}))
+    for _ in range(2):
+        step(model, optimizer)
+    np.testing.assert_allclose(model["p"][...], jnp.full(3, -1.9), rtol=1e-6)
+    np.testing.assert_allclose(optimizer.opt_state[0].trace["p"][...], jnp.full(3, 1.9), rtol=1e-6)
+
+
+def test_a_plain_jax_transform_takes_and_returns_model_and_optimizer():
+    model, optimizer = made(optax.sgd(1.0))
+
+    @jax.jit
+    def step(model, optimizer, grads):
+        optimizer.update(model, grads)
+        return model, optimizer
+
+    new_model, new_optimizer = step(model, optimizer, ones(model))
+    np.testing.assert_array_equal(new_model.linear.bias, model.linear.bias - 1)
+    assert (new_optimizer.step[...], optimizer.step[...]) == (1, 0)
+
+
 def test_parameters_keep_their_dtype_and_the_state_its_structure():
     model = nnx.Linear(2, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     optimizer = Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
@@ -223,6 +247,14 @@ def test_gradients_that_do_not_fit_change_nothing_and_are_named(grads, words):
         optimizer.update(model, grads(model))
     for a, b in zip(before, jax.tree.leaves((model, optimizer))):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_filter_that_matches_nothing_is_named():
+    model = Model()
+    optimizer = Optimizer(model, optax.sgd(0.1), wrt=nnx.Cache)
+    assert optimizer.update(model, nnx.State({})) == nnx.State({})
+    with pytest.raises(StructureError, match=r"the filter OfType\(.*Cache.*\) matches no Variable"):
+        optimizer.update(model, ones(model))
 
 
 def test_missing_arguments_are_named():
