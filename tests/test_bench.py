@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, and what they claim without a clock holds: flat memory, models that are freed, few imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def figures(program: str, *args: object) -> dict[str, Any]:
+    command = [sys.executable, str(BENCH / program), *map(str, args), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_overhead_compares_every_contender_with_its_floor() -> None:
+    found = figures("overhead.py", "--sizes", 4, "--seconds", 0.1)
+    ratios = {row["contender"]: row["cpu_ratio"] for row in found["steps"]}
+    assert ratios["floor"] == ratios["floor, donated"] == 1
+    assert {"batiste nnx.jit", "batiste nnx.jit, donated", "nested dict", "equinox filter_jit", "flax nnx.jit"} <= set(
+        ratios
+    )
+    assert all(ratio > 0 for ratio in ratios.values())
+    assert found["changes"][0]["modules"] > 2
+
+
+def test_memory_stays_flat_and_dropped_models_are_freed() -> None:
+    found = figures("memory.py", "--steps", 1200, "--models", 4, "--width", 16)
+    assert len(found["steps"]) == 10
+    assert found["steps"][-1]["objects"] - found["steps"][4]["objects"] < 100, "objects stay behind after steps"
+    assert found["steps"][-1]["arrays"] == found["steps"][0]["arrays"]
+    assert [row["alive"] for row in found["models"]] == [0] * 4
+    assert found["models"][-1]["objects"] - found["models"][0]["objects"] < 100, "objects stay behind after a model"
+
+
+def test_importing_every_name_of_the_object_face_loads_no_other_package() -> None:
+    imports = figures("import_time.py", "--rounds", 1)["imports"]
+    assert imports["batiste.nnx"]["packages"] == []
+    assert imports["batiste.nnx, every name"]["packages"] == []
+    assert "flax" not in imports["jax"]["packages"]
