@@ -99,7 +99,7 @@ def without_axis_names(f: Callable, in_axes: Any, out_axes: Any, metadata: Mappi
 
 def transform_metadata(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, partition: str | None,
                        graph: bool | None = None) -> Any:  # fmt: skip
-    """`f` with the name `partition` taken out of its arguments' metadata and put into that of its results, at these axes.
+    """`f` with the name `partition` taken out of the metadata of its arguments, and put into that of its results.
 
     It stands below `vmap` or `scan` where these have no `transform_metadata=` of their own: with `graph_updates=False`.
 
@@ -126,7 +126,7 @@ def transform_metadata(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0,
 
 # ---------------------------------------------------------------- arguments and their axes
 def positional(f: Callable, args: tuple, kwargs: dict[str, Any], axes: Any) -> tuple[Callable, tuple, Any]:
-    """`(function, args, axes)` of positions alone: arguments left with a name are mapped over axis 0, as by `jax.vmap`."""
+    """`(function, args, axes)` of positions alone: what is left with a name is mapped over axis 0, as by `jax.vmap`."""
     call, xs = by_position(f, args, kwargs)
     if len(xs) > len(args):
         each = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,) * len(args)
@@ -155,8 +155,8 @@ def check_function(f: Any, mode: Mode, in_axes: Any, out_axes: Any) -> None:
     refuse_rules(mode, in_axes=in_axes, out_axes=out_axes)
     if not (in_axes is None or in_axes is Carry or isinstance(in_axes, (int, tuple, list))):
         raise CallError(
-            f"{mode.name} in_axes must be an int, None, or a tuple of entries corresponding to the positional arguments passed to "
-            "the function", got=repr(in_axes), fix=f"write in_axes=({in_axes!r},)",
+            f"{mode.name} in_axes must be an int, None, or a tuple of entries corresponding to the positional "
+            "arguments passed to the function", got=repr(in_axes), fix=f"write in_axes=({in_axes!r},)",
         )  # fmt: skip
 
 
@@ -179,7 +179,8 @@ def check_sizes(name: str, crossing: Crossing, leaves: Sequence[Any]) -> None:
         sizes.setdefault(shape[axis], []).append(f"axis {axis} of {argument(path)}, shape {shape}")
     if len(sizes) > 1:
         lines = "".join(f"\n  size {n}: {'; '.join(who[:3])}{'; ...' * (len(who) > 3)}" for n, who in sizes.items())
-        what = "values with different leading axis sizes" if name == "scan" else "inconsistent sizes for array axes to be mapped"
+        many = "values with different leading axis sizes"
+        what = many if name == "scan" else "inconsistent sizes for array axes to be mapped"
         raise ShapeError(f"{name} got {what}:{lines}\n",
                          fix="give the axis None to what is the same for all")  # fmt: skip
 

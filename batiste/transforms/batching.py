@@ -12,7 +12,15 @@ import jax
 from batiste.graph.boundary import Boundary, Crossing, Mode, broadcast, is_root
 from batiste.graph.variable import MISSING
 
-from .axes import NO_METADATA, bound_to_axes, check_function, check_sizes, explain_batched, positional, without_axis_names
+from .axes import (
+    NO_METADATA,
+    bound_to_axes,
+    check_function,
+    check_sizes,
+    explain_batched,
+    positional,
+    without_axis_names,
+)
 from .compile import Arguments, _way
 
 

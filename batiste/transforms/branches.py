@@ -16,8 +16,8 @@ from batiste.graph.variable import Variable
 from .compare import structure_difference, type_difference
 
 
-def cond(pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, graph: bool | None = None,
-         graph_updates: bool | None = None) -> Any:  # fmt: skip
+def cond(pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any,
+         graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
     """`true_fun(*operands)` if `pred` else `false_fun(*operands)`, inside one program; updates of Variables come back.
 
     Raises:
@@ -80,13 +80,15 @@ class Branches:
         detail = _note_difference(a, b)
         if detail:
             raise BranchError(
-                f"{self.mode.name} branch outputs must have the same pytree structure, but they differ: {who}: {detail}",
-                fix="make both branches set the same attributes and return the same structure of the same objects",
-            )
+                f"{self.mode.name} branch outputs must have the same pytree structure, but they differ: {who}: "
+                f"{detail}", fix="set the same attributes in both, and return the same structure of the same objects",
+            )  # fmt: skip
         found = type_difference(crossing.sent, theirs, values) and type_difference(crossing.sent, values, theirs)
         if found:
-            raise BranchError(f"{self.mode.name} branches must have equal output types but they differ: {who}", at=found[0],
-                              got=f"{found[2]} and {found[1]}", fix="convert one of them (astype, reshape)")  # fmt: skip
+            raise BranchError(
+                f"{self.mode.name} branches must have equal output types but they differ: {who}", at=found[0],
+                got=f"{found[2]} and {found[1]}", fix="convert one of them (astype, reshape)",
+            )  # fmt: skip
 
     def name(self, n: int) -> str:
         return ("true_fun", "false_fun")[n] if self.mode.name == "cond" else f"branch {n}"

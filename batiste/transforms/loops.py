@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """scan, while_loop and fori_loop: a function called again and again on live objects.
 
-One argument, the *carry*, goes round: what an iteration leaves in it, the next one finds. Its Variables are written back
-into the same objects at the end. What else a loop takes is read (axis None) or cut into slices along an axis.
+One argument, the *carry*, goes round: what an iteration leaves in it, the next one finds. At the end its Variables are
+written back into the same objects. What else a loop takes is read (axis None), or cut into slices along an axis.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from batiste.graph.variable import MISSING, LostUpdateWarning, Variable
 from .axes import NO_METADATA, Carry, bound_to_axes, check_function, check_sizes, without_axis_names
 from .compare import argument, structure_difference, type_difference
 
+Take = Callable[[Any], tuple[Any, Any]]  # splits what the function returns into the carry and the rest
+
 
 # ---------------------------------------------------------------- one iteration
 class Turn:
@@ -44,13 +46,13 @@ class Turn:
 
     Positions speak of the entry leaves:
 
-        carried    those that go round: all that is labelled Carry; without graph updates also Variables with the axis None
+        carried    those that go round: labelled Carry; without graph updates also Variables with the axis None
         fixed      the others with the axis None
         held       `jax.Ref`s among them: JAX carries these itself, the body closes over them
         lanes      per axis, those that are cut along it
     """
 
-    def __init__(self, crossing: Crossing, at: int | None, held: Mapping[int, Any], take: Callable[[Any], tuple[Any, Any]]):
+    def __init__(self, crossing: Crossing, at: int | None, held: Mapping[int, Any], take: Take):
         self.crossing, self.at, self.held, self.take = crossing, at, held, take
         self.live = crossing.mode.live
         inside, variables = positions_inside(crossing.walked.defs), [n is not None for n in crossing.numbers]
@@ -127,8 +129,9 @@ class Turn:
     def changed(self, detail: str) -> CarryError:
         name = self.crossing.mode.name
         return CarryError(
-            f"nnx.{name} requires body function's input and output to have the same reference and pytree structure, but they "
-            f"differ: {detail}", fix="create Variables and set attributes before the loop; inside, only write values",
+            f"nnx.{name} requires body function's input and output to have the same reference and pytree structure, "
+            f"but they differ: {detail}",
+            fix="create Variables and set attributes before the loop; inside, only write values",
         )  # fmt: skip
 
     def replaced(self, old: Any, new: Any) -> CarryError:
@@ -136,7 +139,8 @@ class Turn:
         return CarryError(
             f"Carry references must be the same between iterations: {name} Variable identity must be preserved across "
             f"iterations. nnx.{name} requires body function's input and output to have the same reference and pytree "
-            "structure, but they differ", got=f"another {type(new).__name__}", expected=f"the same {type(old).__name__}",
+            "structure, but they differ", got=f"another {type(new).__name__}",
+            expected=f"the {type(old).__name__} that came in",
             fix="write into the object that came in (variable[...] = value, nnx.update), and return that one",
         )  # fmt: skip
 
@@ -145,8 +149,9 @@ class Turn:
         found = type_difference(paths, [before[n] for n in self.carried], after)
         if found:
             raise CarryError(
-                f"{self.crossing.mode.name}: body function carry input and carry output must have equal types, but they differ",
-                at=found[0], got=found[2], expected=found[1], fix="convert it (astype), or start with the type it will have",
+                f"{self.crossing.mode.name} body function carry input and carry output must have equal types, but they "
+                "differ", at=found[0], got=found[2], expected=found[1],
+                fix="convert it (astype), or start with the type it will have",
             )  # fmt: skip
 
     def drop(self, opened: Opened, before: list[Any], positions: Sequence[int], why: str) -> None:
@@ -163,8 +168,8 @@ class Turn:
                     continue
                 warnings.warn(
                     f"an update of the {type(x).__name__} at {argument(crossing.paths[n])} was lost: it {why} "
-                    f"nnx.{crossing.mode.name}, where each iteration finds it as it was before.\n  Fix: let it go round, with "
-                    "StateAxes({..., kind: nnx.Carry}), or take it into the carry.",
+                    f"nnx.{crossing.mode.name}, where each iteration finds it as it was before.\n  Fix: let it go "
+                    "round, with StateAxes({kind: nnx.Carry, ...: None}), or take it into the carry.",
                     LostUpdateWarning, stacklevel=2,
                 )  # fmt: skip
 
@@ -174,7 +179,7 @@ class Loop:
     """One call of a looping transform: the live half."""
 
     def __init__(self, f: Callable, mode: Mode, args: tuple, axes: Any = Carry, out_axes: Any = (), at: int | None = 0,
-                 take: Callable[[Any], tuple[Any, Any]] = lambda out: (out, ())):  # fmt: skip
+                 take: Take = lambda out: (out, ())):  # fmt: skip
         self.args, self.at = args, at
         keep = lambda label: label is Carry or (label is None and not mode.live)
         self.boundary = Boundary(f, mode, out_axes, keep=keep)
@@ -188,7 +193,8 @@ class Loop:
     def values(self, positions: Sequence[int]) -> list[Any]:
         return [self.leaves[n] for n in positions]
 
-    def leave(self, carry: Sequence[Any], lanes: Sequence[Sequence[Any]] = (), note: Note | None = None) -> tuple[Any, Any]:
+    def leave(self, carry: Sequence[Any], lanes: Sequence[Sequence[Any]] = (),
+              note: Note | None = None) -> tuple[Any, Any]:  # fmt: skip
         """Writes into the live objects; returns the carry and what else the function handed out."""
         boundary, turn = self.boundary, self.turn
         final = dict(zip(turn.carried, carry))
@@ -201,7 +207,7 @@ class Loop:
         return self.last_carry(final), rest
 
     def last_carry(self, final: dict[int, Any]) -> Any:
-        """The carry after the last iteration: the live objects; without graph updates new ones around the same Variables."""
+        """The carry in the end: the live objects; without graph updates, new ones around the same Variables."""
         if self.at is None:
             return None
         if self.turn.live:
@@ -256,8 +262,10 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
             raise CallError("keyword arguments could not be resolved to positions", got=sorted(kwargs),
                             fix="nnx.scan wants an axis for each argument: make them positional")  # fmt: skip
         if in_axes is Carry and len(args) != 1:
-            raise ArgumentError(f"When in_axes=Carry, the function must take exactly one argument, got {len(args)} arguments",
-                                fix="write in_axes=(nnx.Carry, 0, ...)")  # fmt: skip
+            raise ArgumentError(
+                f"When in_axes=Carry, the function must take exactly one argument, got {len(args)} arguments",
+                fix="write in_axes=(nnx.Carry, 0, ...)",
+            )
         call = without_axis_names(f, in_axes, out_axes, metadata)
         loop = Loop(call, mode, args, in_axes, rest_axes, at, take)
         turn = loop.turn
@@ -332,9 +340,9 @@ def _check_axes(in_axes: Any, out_axes: Any, mode: Mode) -> int | None:
                     raise ArgumentError(f"Cannot carry output state. Got {spec} at: out_axes{where}",
                                         fix="give it an axis; the Carry is one whole result")  # fmt: skip
                 raise ArgumentError(
-                    f"Carry must be a top-level argument, it cannot be nested. Found Carry inside {name} at path {where}",
-                    fix="make it an entry of the tuple; StateAxes of in_axes may hold it",
-                )
+                    f"Carry must be a top-level argument, it cannot be nested. Found Carry inside {name} at path "
+                    f"{where}", fix="make it an entry of the tuple; StateAxes of in_axes may hold it",
+                )  # fmt: skip
             if name == "out_axes" and None in labels:
                 got = f"out_axes={spec}" if spec is None else spec
                 raise ArgumentError(f"Cannot broadcast output state. Got {got} at: out_axes{where}",
@@ -346,8 +354,8 @@ def _check_axes(in_axes: Any, out_axes: Any, mode: Mode) -> int | None:
 
 
 # ---------------------------------------------------------------- while, for
-def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any, *, graph: bool | None = None,
-               graph_updates: bool | None = None) -> Any:  # fmt: skip
+def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any, *,
+               graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
     """`jax.lax.while_loop` for values that hold live objects: `while cond_fun(val): val = body_fun(val)`.
 
     Raises:
@@ -367,8 +375,9 @@ def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], i
     return loop.leave(carry)[0] if turn.crossing.note else init_val
 
 
-def fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None,
-              graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
+def fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *,
+              unroll: int | bool | None = None, graph: bool | None = None,
+              graph_updates: bool | None = None) -> Any:  # fmt: skip
     """`jax.lax.fori_loop` for values that hold live objects: `for i in range(lower, upper): val = body_fun(i, val)`.
 
     Raises:
