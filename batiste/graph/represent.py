@@ -60,7 +60,12 @@ class Nested:
         self.mapping = mapping
 
     def __batiste_repr__(self) -> Layout:
-        return Layout("", [(k, Nested(v) if isinstance(v, dict) else v) for k, v in self.mapping.items()], brackets=("{", "}"), join=": ")
+        return Layout(
+            "",
+            [(k, Nested(v) if isinstance(v, dict) else v) for k, v in self.mapping.items()],
+            brackets=("{", "}"),
+            join=": ",
+        )
 
     def __repr__(self) -> str:
         return represent(self)
