@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from .errors import AliasError, StaticError
+from .errors import AliasError, StaticError, StructureError
 from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
 from .pytree import Pytree, prepare, same_place, sorted_names
 from .represent import Layout, represent
@@ -140,7 +140,19 @@ def comparable(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- kinds of values, by type
-_IS_VARIABLE, _IS_OBJECT, _IS_ARRAY, _IS_NUMBER, _IS_DICT, _IS_LIST, _IS_NAMED, _IS_TREE, _IS_TRACER, _IS_REF, _IS_OTHER = range(11)
+(
+    _IS_VARIABLE,
+    _IS_OBJECT,
+    _IS_ARRAY,
+    _IS_NUMBER,
+    _IS_DICT,
+    _IS_LIST,
+    _IS_NAMED,
+    _IS_TREE,
+    _IS_TRACER,
+    _IS_REF,
+    _IS_OTHER,
+) = range(11)
 _kinds: dict[type, int] = {}
 
 
@@ -243,7 +255,9 @@ class GraphDef(Generic[Node]):
         return self
 
     def __batiste_repr__(self) -> Layout:
-        return Layout("GraphDef", [("nodes", self.nodes), ("attributes", self.attributes), ("num_leaves", self.num_leaves)])
+        return Layout(
+            "GraphDef", [("nodes", self.nodes), ("attributes", self.attributes), ("num_leaves", self.num_leaves)]
+        )
 
     def __repr__(self) -> str:
         return represent(self)
@@ -280,9 +294,23 @@ ANY = _Any()
 class Flat:
     """What a traversal found: leaves (Variables, Refs and bare arrays) with their paths and labels, and all objects."""
 
-    __slots__ = ("graphdef", "leaves", "paths", "labels", "objects", "numbers", "containers", "settings", "slots", "variables", "plain")
+    __slots__ = (
+        "graphdef",
+        "leaves",
+        "paths",
+        "labels",
+        "objects",
+        "numbers",
+        "containers",
+        "settings",
+        "slots",
+        "variables",
+        "plain",
+    )
 
-    def __init__(self, graphdef, leaves, paths, labels, objects, numbers, containers, settings, slots, variables, plain):
+    def __init__(
+        self, graphdef, leaves, paths, labels, objects, numbers, containers, settings, slots, variables, plain
+    ):
         self.graphdef: GraphDef = graphdef
         self.leaves: list[Any] = leaves
         self.paths: list[Path] = paths
@@ -293,7 +321,9 @@ class Flat:
         self.settings: list[Any] = settings  # lists, dicts and sets in static attributes
         self.variables: list[bool] = variables  # per leaf: is it a Variable
         self.plain: list[int] = plain  # positions of leaves that stand beside objects, not inside them
-        self.slots: dict[int, tuple[Any, str]] = slots  # position of a bare array -> the object and attribute that hold it
+        self.slots: dict[int, tuple[Any, str]] = (
+            slots  # position of a bare array -> the object and attribute that hold it
+        )
 
     def values(self) -> list[Any]:
         return [x._raw_value if is_variable else x for x, is_variable in zip(self.leaves, self.variables)]
@@ -411,6 +441,8 @@ class _Walk:
         attributes, nodes = x.__dict__, x._pytree__nodes
         keys, children, names, values = [], [], [], []
         int_keys, says_data = x._pytree__has_int_keys, x._pytree__is_pytree
+        if not self.graph and not says_data:
+            raise no_tree_error(x, self.what)
         for name in sorted_names(x):
             value = attributes[name]
             if type(value) in _ATOMS and not (says_data and nodes.get(name) and value is not None):
@@ -505,7 +537,9 @@ def iter_parts(value: Any, keys: Path = ()) -> Iterable[tuple[Path, Any]]:
     if kind in (_IS_VARIABLE, _IS_OBJECT):
         yield keys, value
     elif kind in (_IS_DICT, _IS_LIST, _IS_NAMED, _IS_TREE):
-        for path, x in jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda y: y is not value and is_graph_node(y))[0]:
+        for path, x in jax.tree_util.tree_flatten_with_path(
+            value, is_leaf=lambda y: y is not value and is_graph_node(y)
+        )[0]:
             if is_graph_node(x):
                 yield (*keys, *map(key_name, path)), x
 
@@ -522,6 +556,11 @@ def inconsistent_error(x: Any, places: list[tuple[Path, Any]]) -> AliasError:
     lines = "\n".join(f"  {show_path(path)}: {label}" for path, label in places)
     return AliasError(f"Inconsistent aliasing detected: one and the same {_kind_name(x)} has different prefixes:\n{lines}\n",
                       fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)")  # fmt: skip
+
+
+def no_tree_error(x: Any, what: str) -> StructureError:
+    return StructureError(f"Cannot use {what or 'the functions of a tree'!r} with graph=False on a {type(x).__name__!r} instance that "
+                          "has pytree=False: it is no tree", fix="pass graph=True")  # fmt: skip
 
 
 def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
@@ -548,20 +587,22 @@ UNCHANGED = _Unchanged()
 jax.tree_util.register_pytree_node(_Unchanged, lambda _: ((), None), lambda *_: UNCHANGED)
 
 
-def unflatten_graph(root: Any, leaves: Iterable[Any], *, reuse: Mapping[int, Any] | None = None, copy: bool = False):
+def unflatten_graph(root: Any, leaves: Iterable[Any], *, reuse: Mapping[int, Any] | None = None, copy: bool = False,
+                    recreate: bool = True):  # fmt: skip
     """Returns `(object, objects by number)`: objects whose number is in `reuse` are rebuilt in place, the rest are made.
 
-    A leaf that is a Variable becomes part of the new object as it is, unless `copy` is set.
+    A leaf that is a Variable becomes part of the new object as it is, unless `copy` is set; a plain value gets a Variable
+    around it where one stood, unless `recreate` is False.
     """
-    build = _Build(leaves, reuse, copy)
+    build = _Build(leaves, reuse, copy, recreate)
     return build.value(root), build.objects
 
 
 class _Build:
     """One reconstruction in progress."""
 
-    def __init__(self, leaves: Iterable[Any], reuse: Mapping[int, Any] | None, copy: bool):
-        self.leaves, self.reuse, self.copy = iter(leaves), reuse, copy
+    def __init__(self, leaves: Iterable[Any], reuse: Mapping[int, Any] | None, copy: bool, recreate: bool = True):
+        self.leaves, self.reuse, self.copy, self.recreate = iter(leaves), reuse, copy, recreate
         self.objects: dict[int, Any] = {}
         self.trace = current_trace()
 
@@ -599,14 +640,14 @@ class _Build:
             new = old
         elif isinstance(new, Variable):
             new = new.copy() if self.copy else new
-        else:
+        elif self.recreate:
             metadata = dict(d.metadata.items)
             if metadata["ref"] and isinstance(new, jax.Array) and not is_ref(new):
                 new = jax.new_ref(new)
             new = d.type._new(new, metadata, d.metadata, self.trace)._in_its_form()
         self.objects[d.index] = new
         if d.ref is not None:
-            self.objects[d.ref] = new._raw_value
+            self.objects[d.ref] = new._raw_value if isinstance(new, Variable) else new
         return new
 
     def object(self, d: ObjectDef) -> Pytree:
@@ -654,4 +695,3 @@ def build_tree(d: TreeDef, children: list[Any]) -> Any:
     if isinstance(form, type):
         return form(*children)
     return jax.tree.unflatten(form, children)
-

@@ -100,7 +100,7 @@ def flatten(node: Any, /, *, with_paths: bool = True, ref_index: RefMap | None =
         ref_outer_index: objects that have a number elsewhere, which they keep.
     """
     flat = _flatten(node, RefMap() if ref_index is None else ref_index, ref_outer_index, graph)
-    return flat.graphdef, FlatState(zip(flat.paths, flat.leaves), sort=False) if with_paths else flat.values()
+    return flat.graphdef, FlatState(zip(flat.paths, flat.leaves), sort=True) if with_paths else flat.values()
 
 
 def unflatten(graphdef: GraphDef, state: State | FlatState | list[Any], /, *, index_ref: IndexMap | None = None,
@@ -114,11 +114,12 @@ def unflatten(graphdef: GraphDef, state: State | FlatState | list[Any], /, *, in
     leaves = state if isinstance(state, list) else leaves_of(graphdef, [state])
     if outer_index_outer_ref:
         leaves = [_stored(x) for x in leaves]
-    return _unflatten(graphdef, leaves, index_ref, outer_index_outer_ref, copy_variables)
+    return _unflatten(graphdef, leaves, index_ref, outer_index_outer_ref, copy_variables, recreate_variables)
 
 
-def _unflatten(graphdef: GraphDef, leaves: list[Any], objects: IndexMap | None, reuse: IndexMap | None, copy: bool = False) -> Any:
-    build = _Build(leaves, reuse or {}, copy)
+def _unflatten(graphdef: GraphDef, leaves: list[Any], objects: IndexMap | None, reuse: IndexMap | None, copy: bool = False,
+               recreate: bool = True) -> Any:  # fmt: skip
+    build = _Build(leaves, reuse or {}, copy, recreate)
     if objects is not None:
         build.objects = objects
     return build.value(graphdef.root)
@@ -177,7 +178,7 @@ class SplitContext:
         flat = self._walk(node)
         if not with_paths:
             return flat.graphdef, [_stored(x) for _, x in self._pairs(flat)]
-        return flat.graphdef, *cut(self._pairs(flat), filters, lambda pairs: FlatState(pairs, sort=False))
+        return flat.graphdef, *cut(self._pairs(flat), filters, lambda pairs: FlatState(pairs, sort=True))
 
     @property
     def _outer(self) -> RefMap | None:
@@ -206,7 +207,9 @@ class MergeContext:
 
     def unflatten(self, graphdef: GraphDef, flat_state: FlatState | list[Any], /, *flat_states: FlatState) -> Any:
         """Like `merge`, from what `flatten` gave."""
-        return self._build(graphdef, flat_state if isinstance(flat_state, list) else leaves_of(graphdef, (flat_state, *flat_states)))
+        return self._build(
+            graphdef, flat_state if isinstance(flat_state, list) else leaves_of(graphdef, (flat_state, *flat_states))
+        )
 
     def _build(self, graphdef: GraphDef, leaves: list[Any]) -> Any:
         live = self.ctxtag is not None and not self.is_inner
@@ -222,6 +225,7 @@ def split_context(ctxtag: Any = None) -> Iterator[SplitContext]:
     yield context
     if update is not None:
         update.was_split(context.ref_index)
+    del context.ref_index  # a closed context holds no object
 
 
 @contextmanager
@@ -235,12 +239,15 @@ def merge_context(ctxtag: Any = None, inner: bool | None = None) -> Iterator[Mer
         ArgumentError: a tag was given without `inner`.
     """
     if ctxtag is not None and inner is None:
-        raise ArgumentError("inner_merge must be specified when using ctxtag", fix="pass inner=True inside the transform, else False")
+        raise ArgumentError(
+            "inner_merge must be specified when using ctxtag", fix="pass inner=True inside the transform, else False"
+        )
     update = None if ctxtag is None else current_update_context(ctxtag)
     context = MergeContext(ctxtag, IndexMap(), inner)
     yield context
     if update is not None and inner:
         update.was_merged(context.index_ref)
+    del context.index_ref
 
 
 # ---------------------------------------------------------------- there and back
@@ -287,7 +294,9 @@ class _Updating(ContextDecorator):
         return _active.stack[-1]
 
     def __exit__(self, *exception: object) -> None:
-        _active.stack.pop()
+        context = _active.stack.pop()
+        for name in set(vars(context)) - {"tag"}:
+            delattr(context, name)
 
 
 def update_context(tag: Any) -> _Updating:
@@ -373,7 +382,9 @@ def default_split_fn(ctx: SplitContext, path: Any, prefix: Any, leaf: Any) -> No
 
 def merge_tree_node(ctx: MergeContext, path: Any, prefix: Any, leaf: Any) -> Any:
     if not isinstance(leaf, NodeStates):
-        raise ArgumentError("merge_fn can only put NodeStates together", got=type(leaf).__name__, fix="pass a merge_fn of your own")
+        raise ArgumentError(
+            "merge_fn can only put NodeStates together", got=type(leaf).__name__, fix="pass a merge_fn of your own"
+        )
     return ctx.merge(leaf.graphdef, *leaf.states)
 
 

@@ -15,7 +15,7 @@ from .filters import Filter, to_predicates
 from .flatten import Flat, GraphDef, flatten_graph, show_path, unflatten_graph
 from .jaxcompat import key_name
 from .modes import graph_mode
-from .pytree import Pytree
+from .pytree import ARRAYS, Pytree
 from .state import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
 from .variable import Variable
 from .walk import iter_graph
@@ -49,7 +49,9 @@ def split(node: Any, *filters: Filter, graph: bool | None = None):
     return flat.graphdef, *cut(zip(flat.paths, flat.leaves), filters)
 
 
-def cut(pairs: Iterable[tuple[tuple, Any]], filters: Sequence[Filter], form: Callable[[list], Any] = _nest) -> tuple[Any, ...]:
+def cut(
+    pairs: Iterable[tuple[tuple, Any]], filters: Sequence[Filter], form: Callable[[list], Any] = _nest
+) -> tuple[Any, ...]:
     """`form` of all pairs `(path, leaf)`; with filters, of the pairs that each is the first to match.
 
     Raises:
@@ -84,7 +86,8 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef:
 def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_variables: bool = True):
     """Rebuilds an object from its GraphDef and States (or nested dicts of plain values), together complete.
 
-    Variables in the States become part of the new object as they are; `copy=True` makes new ones.
+    Variables in the States become part of the new object as they are; `copy=True` makes new ones. Plain values get new
+    Variables around them, unless `recreate_variables` is False.
 
     Raises:
         StructureError: a leaf is missing or left over; the message names its path.
@@ -95,8 +98,10 @@ def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_
     if not isinstance(description, GraphDef):
         raise ArgumentError("merge needs a GraphDef first", got=type(description).__name__, expected="GraphDef, then States",
                             fix="call merge(graphdef, state) with the pair that split returned")  # fmt: skip
+    if not states:
+        raise TypeError("merge() missing 1 required positional argument: 'state'")
     leaves = leaves_of(description, states)
-    return unflatten_graph(description.root, leaves, copy=copy)[0]
+    return unflatten_graph(description.root, leaves, copy=copy, recreate=recreate_variables)[0]
 
 
 def leaves_of(description: GraphDef, states: Iterable[Any]) -> list[Any]:
@@ -163,7 +168,9 @@ def _update_at(at: Any, path: tuple, value: Any, whole: tuple) -> None:
         if isinstance(at, Variable):
             if tuple(path) == ("value",):
                 break
-            raise StructureError(f"cannot update below the {type(at).__name__}", at=show_path(whole), fix="pass its value")
+            raise StructureError(
+                f"cannot update below the {type(at).__name__}", at=show_path(whole), fix="pass its value"
+            )
         part = _child(at, key)
         if not rest and not isinstance(part, Variable):
             if not isinstance(part, Pytree):
@@ -202,7 +209,7 @@ def _set_child(at: Any, key: Any, value: Any, whole: tuple) -> None:
 
 # ---------------------------------------------------------------- pop and clone
 def pop(node: Any, *filters: Filter):
-    """Takes the Variables that the filters match out of an object; returns them as a State (one per filter).
+    """Takes the Variables and arrays that the filters match out of an object; returns them as a State (one per filter).
 
     Raises:
         ArgumentError: no filter was given.
@@ -218,7 +225,9 @@ def pop(node: Any, *filters: Filter):
             return
         done.add(id(x))
         if isinstance(x, Pytree):
-            items = [(int(k) if x._pytree__has_int_keys and k.isdigit() else k, v) for k, v in sorted(x.__dict__.items())]
+            items = [
+                (int(k) if x._pytree__has_int_keys and k.isdigit() else k, v) for k, v in sorted(x.__dict__.items())
+            ]
         elif isinstance(x, (dict, State)):
             items = [(k, x[k]) for k in sorted(x, key=key_order)]
         elif isinstance(x, (list, tuple)):
@@ -227,8 +236,8 @@ def pop(node: Any, *filters: Filter):
             return
         for key, value in items:
             here = (*path, key)
-            if isinstance(value, Variable):
-                if id(value) in done:
+            if isinstance(value, (Variable, *ARRAYS)):
+                if isinstance(value, Variable) and id(value) in done:
                     continue
                 for index, predicate in enumerate(predicates):
                     if predicate(here, value):
@@ -250,7 +259,9 @@ def _delete_child(at: Any, key: Any, path: tuple) -> None:
     elif isinstance(at, (dict, State)):
         del at[key]
     else:
-        raise StructureError(f"cannot take a Variable out of a {type(at).__name__}", at=show_path(path), fix="use a List or a dict")
+        raise StructureError(
+            f"cannot take a Variable out of a {type(at).__name__}", at=show_path(path), fix="use a List or a dict"
+        )
 
 
 def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:
@@ -333,14 +344,25 @@ class GraphState(MutableMapping, Generic[A]):
     def __len__(self):
         return len(self._state)
 
+    def __getattr__(self, name):
+        if name == "_state" or name not in self._state:
+            raise AttributeError(f"No attribute '{name}' in GraphState")
+        return self._state[name]
+
     def __repr__(self):
         return f"GraphState(\n  _graphdef={self._graphdef},\n  _state={self._state}\n)"
 
 
+def _graph_state_with_keys(x: GraphState):
+    """The children are those of the State, so that paths are the same in both."""
+    keys = sorted(x._state, key=key_order)
+    return [(jax.tree_util.DictKey(k), x._state[k]) for k in keys], (x._graphdef, tuple(keys))
+
+
 jax.tree_util.register_pytree_with_keys(
     GraphState,
-    lambda g: ([(jax.tree_util.GetAttrKey("_state"), g._state)], g._graphdef),
-    lambda description, children: GraphState(description, children[0]),
+    _graph_state_with_keys,
+    lambda aux, children: GraphState(aux[0], State(dict(zip(aux[1], children)), _copy=False)),
 )
 
 
@@ -353,11 +375,15 @@ def unpack(node: Any, *filters: Filter, graph: bool | None = None):
 
 def _merge_graph_states(first: GraphState, *others: GraphState):
     for other in others:
-        if not isinstance(other, GraphState) or other._graphdef != first._graphdef:
-            raise StructureError("GraphStates of different objects cannot be merged", fix="merge the GraphStates of one unpack call")
+        if not isinstance(other, GraphState):
+            raise StructureError(
+                "Expected GraphState object", got=type(other).__name__, fix="merge the GraphStates of one unpack call"
+            )
+        if other._graphdef != first._graphdef:
+            raise StructureError(
+                "GraphDef must be the same for all GraphState objects", fix="merge the GraphStates of one unpack call"
+            )
     return merge(first._graphdef, first._state, *(o._state for o in others))
-
-
 
 
 def deep_copy(node: Pytree, memo: dict[int, Any]) -> Pytree:

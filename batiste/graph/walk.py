@@ -10,9 +10,17 @@ from typing import Any, TypeVar
 import jax
 
 from . import errors
-from .errors import AliasError
+from .errors import AliasError, StructureError
 from .filters import Filter, to_predicate
-from .flatten import duplicate_error, flatten_graph, is_graph_node, iter_parts, show_path, unflatten_graph
+from .flatten import (
+    duplicate_error,
+    flatten_graph,
+    is_graph_node,
+    iter_parts,
+    no_tree_error,
+    show_path,
+    unflatten_graph,
+)
 from .jaxcompat import key_name, one_level
 from .modes import graph_mode
 from .pytree import Pytree, sorted_names
@@ -51,28 +59,42 @@ def data_items(x: Any) -> list[tuple[Any, Any]] | None:
     return items
 
 
+def _items_of(graph: bool, what: str) -> Callable[[Any], list[tuple[Any, Any]] | None]:
+    """How the objects of a graph, or of a tree, are opened."""
+
+    def tree_items(x: Any) -> list[tuple[Any, Any]] | None:
+        if isinstance(x, Pytree) and not type(x)._pytree__is_pytree:
+            raise no_tree_error(x, what)
+        return data_items(x)
+
+    return node_items if graph else tree_items
+
+
 def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Any]]:
-    """All `(path, value)` of an object, children first; what is shared comes once.
+    """All `(path, value)` of an object, children first; an object or container that is shared comes once.
 
     Raises:
-        AliasError: with `graph=False`, an object that is found at two paths.
+        AliasError: with `graph=False`, a Variable that is found at two paths, or a cycle.
     """
     as_graph = graph_mode(graph)
-    items_of = node_items if as_graph else data_items
+    items_of = _items_of(as_graph, "iter_graph")
     seen: dict[int, Path] = {}
     open_: set[int] = set()
 
     def visit(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-        if as_graph or is_graph_node(x):
-            if id(x) in seen:
-                if not as_graph:
-                    raise duplicate_error(x, [seen[id(x)], path], "")
+        items = items_of(x)
+        once = (
+            is_graph_node(x) or items is not None
+            if as_graph
+            else id(x) in open_ or (is_graph_node(x) and items is None)
+        )
+        if once and id(x) in seen:
+            if as_graph:
                 return
-            seen[id(x)] = path
-        if id(x) in open_:
-            return
+            raise duplicate_error(x, [seen[id(x)], path], "")
+        seen[id(x)] = path
         open_.add(id(x))
-        for key, value in items_of(x) or ():
+        for key, value in items or ():
             yield from visit(value, (*path, key))
         open_.discard(id(x))
         yield path, x
@@ -81,21 +103,24 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
 
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:
-    """The direct children of an object that are graph objects or pytree nodes themselves, as `(key, child)`."""
-    items_of = node_items if graph_mode(graph) else data_items
-    for key, value in items_of(node) or ():
-        if isinstance(value, Pytree) or (not isinstance(value, Variable) and node_items(value) is not None and _holds_nodes(value)):
-            yield key, value
+    """The direct children of an object that are modules, Variables or Refs, as `(key, child)`.
 
-
-def _holds_nodes(value: Any) -> bool:
-    return isinstance(value, (list, tuple, dict, State)) or isinstance(value, Pytree)
+    Raises:
+        StructureError: it is a leaf.
+    """
+    as_graph = graph_mode(graph)
+    items = _items_of(as_graph, "iter_children")(node)
+    if items is None:
+        raise StructureError(f"Expected a {'graph' if as_graph else 'pytree'} node, got {type(node).__name__}",
+                             fix="pass a module or a container")  # fmt: skip
+    return ((key, value) for key, value in items if is_graph_node(value))
 
 
 # ---------------------------------------------------------------- maps
 def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None) -> Any:
     """Rebuilds an object, children first, with `f(path, x)` in the place of every node and leaf."""
     as_graph = graph_mode(graph)
+    items_of = data_items if as_graph else _items_of(False, "recursive_map")
     done: dict[int, tuple[Any, Path]] = {}
 
     def visit(x: Any, path: Path) -> Any:
@@ -107,7 +132,7 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
         if isinstance(x, Pytree):
             new = x.__copy__()
             done[id(x)] = new, path
-            for key, value in data_items(x) or ():
+            for key, value in items_of(x) or ():
                 new.__dict__[str(key)] = visit(value, (*path, key))
         elif not is_graph_node(x) and (items := node_items(x)) is not None:
             children = [visit(value, (*path, key)) for key, value in items]
@@ -129,16 +154,24 @@ def _rebuild(x: Any, keys: list[Any], children: list[Any]) -> Any:
     return jax.tree.unflatten(one_level(x)[1], children)  # type: ignore[index]
 
 
-def map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None, recreate_variables: bool = True) -> Any:
-    """A new object with `f(path, leaf)` in the place of each leaf: a Variable, or a bare array."""
+def map(
+    f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None, recreate_variables: bool = True
+) -> Any:
+    """A new object with `f(path, leaf)` in the place of each leaf: a Variable, or a bare array.
+
+    Args:
+        recreate_variables: a plain value that comes for a Variable gets a new Variable around it.
+    """
     flat = flatten_graph(node, graph=graph_mode(graph))
     leaves = [f(path, x) for path, x in zip(flat.paths, flat.leaves)]
-    return unflatten_graph(flat.graphdef.root, leaves)[0]
+    return unflatten_graph(flat.graphdef.root, leaves, recreate=recreate_variables)[0]
 
 
 def as_pure(tree: Any) -> Any:
     """The tree with every Variable replaced by its value."""
-    return jax.tree.map(lambda x: x.get_value() if isinstance(x, Variable) else x, tree, is_leaf=lambda x: isinstance(x, Variable))
+    return jax.tree.map(
+        lambda x: x.get_value() if isinstance(x, Variable) else x, tree, is_leaf=lambda x: isinstance(x, Variable)
+    )
 
 
 def pure(tree: Any) -> Any:
@@ -201,11 +234,18 @@ def with_vars(node: A, /, *, hijax: bool | None = None, ref: bool | None = None,
     predicate = to_predicate(only)
 
     def differs(path: Path, x: Any) -> bool:
-        return isinstance(x, Variable) and predicate(path, x) and any(x.get_metadata(k, k == "mutable") != v for k, v in changes.items())
+        return (
+            isinstance(x, Variable)
+            and predicate(path, x)
+            and any(x.get_metadata(k, k == "mutable") != v for k, v in changes.items())
+        )
 
     if not allow_duplicates and (groups := find_duplicates(node, only=differs)):
         places = "\n".join("  ---\n" + "\n".join(f"  {show_path(path)}" for path in group) for group in groups)
-        raise AliasError(f"Found duplicate at paths:\n{places}\n  ---\n", fix="pass allow_duplicates=True, or exclude them with `only`")
+        raise AliasError(
+            f"Found duplicate at paths:\n{places}\n  ---\n",
+            fix="pass allow_duplicates=True, or exclude them with `only`",
+        )
     return map(lambda path, x: x.replace(**changes) if differs(path, x) else x, node, graph=True)
 
 
