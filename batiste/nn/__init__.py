@@ -30,6 +30,19 @@ from .activations import (
     swish,
     tanh,
 )
+from .attention import (
+    MultiHeadAttention,
+    combine_masks,
+    dot_product_attention,
+    make_attention_mask,
+    make_causal_mask,
+)
+from .cells import GRUCell, LSTMCell, OptimizedLSTMCell, RNNCellBase, SimpleCell
 from .conv import Conv, ConvTranspose
 from .linear import Einsum, Embed, Linear, LinearGeneral
+from .lora import LoRA, LoRALinear, LoRAParam
+from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from .pooling import avg_pool, max_pool, min_pool, pool
+from .recurrent import RNN, Bidirectional
+from .reparam import SpectralNorm, WeightNorm
+from .stochastic import Dropout
