@@ -174,9 +174,9 @@ def iter_modules(module: Any, /, *, graph: bool | None = None) -> Iterator[tuple
     return ((path, x) for path, x in iter_graph(module, graph=graph) if isinstance(x, Module))
 
 
-def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Module]]:
-    """The direct children that are modules, as `(key, module)`."""
-    return ((key, x) for key, x in iter_children(node, graph=graph) if isinstance(x, Module))
+def iter_module_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Pytree]]:
+    """The direct children that are objects, not Variables, as `(key, object)`."""
+    return ((key, x) for key, x in iter_children(node, graph=graph) if isinstance(x, Pytree))
 
 
 def first_from(*args: Any, error_msg: str) -> Any:
