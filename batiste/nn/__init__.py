@@ -30,13 +30,8 @@ from .activations import (
     swish,
     tanh,
 )
-from .attention import (
-    MultiHeadAttention,
-    combine_masks,
-    dot_product_attention,
-    make_attention_mask,
-    make_causal_mask,
-)
+from .attend import combine_masks, dot_product_attention, make_attention_mask, make_causal_mask
+from .attention import MultiHeadAttention
 from .cells import GRUCell, LSTMCell, OptimizedLSTMCell, RNNCellBase, SimpleCell
 from .conv import Conv, ConvTranspose
 from .linear import Einsum, Embed, Linear, LinearGeneral

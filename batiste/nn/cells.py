@@ -46,7 +46,7 @@ def carry_stream(owner: Any, rngs: Any) -> RngStream | None:
     if isinstance(rngs, Rngs):
         return rngs["carry"]
     raise RngTypeError(f"rngs must be a Rngs or RngStream for {type(owner).__name__}", at=owner,
-                       got=repr(type(rngs).__name__), fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
+                       got=type(rngs).__name__, fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
 
 
 class RNNCellBase(Module):
@@ -106,11 +106,11 @@ class Cell(RNNCellBase):
     def _keep_carry_init(self, carry_init: Initializer | None) -> None:
         """Sets `carry_init`, which is deprecated."""
         if carry_init is not None:
-            warnings.warn("carry_init in the constructor is deprecated: pass it to initialize_carry instead. Two cells with "
-                          "different functions here are different programs.", UserWarning, stacklevel=3)  # fmt: skip
+            warnings.warn("carry_init in the constructor is deprecated: pass it to initialize_carry instead. Two cells "
+                          "with different functions are different programs.", UserWarning, stacklevel=3)  # fmt: skip
         self.carry_init = carry_init
 
-    def _first(self, count: int, input_shape: tuple[int, ...], rngs: Any, carry_init: Initializer | None) -> list[Array]:
+    def _first(self, count: int, input_shape: tuple[int, ...], rngs: Any, carry_init: Any) -> list[Array]:
         """`count` arrays (B…, hidden), each from a key of its own, for inputs of shape (B…, features).
 
         Raises:
@@ -213,11 +213,12 @@ class LSTMCell(_LSTM):
         self.param_dtype = param_dtype
         self.promote_dtype = promote_dtype
         self._keep_stream(keep_rngs, rngs)
-        common = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
-        of_input = partial(Linear, in_features, hidden_features, use_bias=False, kernel_init=kernel_init,
-                           kernel_metadata=kernel_metadata, **common)  # fmt: skip
-        of_state = partial(Linear, hidden_features, hidden_features, kernel_init=recurrent_kernel_init, bias_init=bias_init,
-                           kernel_metadata=recurrent_kernel_metadata, bias_metadata=bias_metadata, **common)  # fmt: skip
+        common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
+        of_input = partial(Linear, in_features, hidden_features, use_bias=False,
+                           kernel_init=kernel_init, kernel_metadata=kernel_metadata, **common)  # fmt: skip
+        of_state = partial(Linear, hidden_features, hidden_features,
+                           kernel_init=recurrent_kernel_init, kernel_metadata=recurrent_kernel_metadata,
+                           bias_init=bias_init, bias_metadata=bias_metadata, **common)  # fmt: skip
         self.ii, self.if_, self.ig, self.io = of_input(), of_input(), of_input(), of_input()
         self.hi, self.hf, self.hg, self.ho = of_state(), of_state(), of_state(), of_state()
         self._keep_carry_init(carry_init)
@@ -282,11 +283,12 @@ class OptimizedLSTMCell(_LSTM):
         self.param_dtype = param_dtype
         self.promote_dtype = promote_dtype
         self._keep_stream(keep_rngs, rngs)
-        common = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
-        self.dense_i = Linear(in_features, 4 * hidden_features, use_bias=False, kernel_init=kernel_init,
-                              kernel_metadata=kernel_metadata, **common)  # fmt: skip
-        self.dense_h = Linear(hidden_features, 4 * hidden_features, kernel_init=recurrent_kernel_init, bias_init=bias_init,
-                              kernel_metadata=recurrent_kernel_metadata, bias_metadata=bias_metadata, **common)  # fmt: skip
+        common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
+        self.dense_i = Linear(in_features, 4 * hidden_features, use_bias=False,
+                              kernel_init=kernel_init, kernel_metadata=kernel_metadata, **common)  # fmt: skip
+        self.dense_h = Linear(hidden_features, 4 * hidden_features,
+                              kernel_init=recurrent_kernel_init, kernel_metadata=recurrent_kernel_metadata,
+                              bias_init=bias_init, bias_metadata=bias_metadata, **common)  # fmt: skip
         self._keep_carry_init(carry_init)
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
@@ -317,8 +319,8 @@ class GRUCell(Cell):
     >>> y.shape
     (2, 4)
 
-    Source: Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", section 2.3, with the reset gate
-        after the product, as in Chung et al. 2015, "Gated Feedback Recurrent Neural Networks".
+    Source: Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", section 2.3, the reset gate
+        after the product.
     """
 
     def __init__(
@@ -349,7 +351,7 @@ class GRUCell(Cell):
         self.param_dtype = param_dtype
         self.promote_dtype = promote_dtype
         self._keep_stream(keep_rngs, rngs)
-        common = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
+        common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
         self.dense_i = Linear(in_features, 3 * hidden_features, kernel_init=kernel_init, bias_init=bias_init,
                               kernel_metadata=kernel_metadata, bias_metadata=bias_metadata, **common)  # fmt: skip
         self.dense_h = Linear(hidden_features, 3 * hidden_features, use_bias=False, kernel_init=recurrent_kernel_init,
@@ -422,7 +424,7 @@ class SimpleCell(Cell):
         self.activation_fn = activation_fn
         self.promote_dtype = promote_dtype
         self._keep_stream(keep_rngs, rngs)
-        common = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
+        common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs)
         self.dense_h = Linear(hidden_features, hidden_features, use_bias=False, kernel_init=recurrent_kernel_init,
                               kernel_metadata=recurrent_kernel_metadata, **common)  # fmt: skip
         self.dense_i = Linear(in_features, hidden_features, kernel_init=kernel_init, bias_init=bias_init,

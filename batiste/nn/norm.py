@@ -1,23 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalisation of activations: over the batch, over features, over groups of them.
 
-All of them are one function, `normalize`, over different dims, then a learnt scale and bias.
-
-Why `normalize` brings its own derivative: what autodiff makes of a mean and a variance is long, and the order in which
-it sums the cotangents decides whether XLA's fusions copy the residual stream of a deep network (three times the
-multiplications, and minutes to compile 48 layers). The rule below needs y and the reciprocal deviation only, and its
-transpose adds in the good order: the factor is applied to the tangent *before* the means are taken. It is a rule for
-tangents, not for cotangents, so that forward mode and higher derivatives work too.
+All of them are one function, `moments.normalize`, over different dims, then a learnt scale and bias.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -30,75 +22,9 @@ from . import initializers
 from .checks import check_sizes, decided, params_stream
 from .initializers import Initializer
 from .linear import NO_METADATA, value_of
+from .moments import Average, normalize
 
 Axes = int | Sequence[int]
-
-
-# ---------------------------------------------------------------- the one function
-class Average(NamedTuple):
-    """What is averaged over, and which moments are taken; static.
-
-    Args:
-        dims: dims of the array, which stay with size 1.
-        epsilon: is added to the variance.
-        centered: subtract the mean; else it counts as 0.
-        fast: take the variance as E[x²] - E[x]², in one pass over x; else as E[(x - E[x])²].
-        axis_name, axis_index_groups: a mapped axis to average over as well, and groups of its indices.
-    """
-
-    dims: tuple[int, ...]
-    epsilon: float
-    centered: bool = True
-    fast: bool = True
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-
-    def __call__(self, x: Array, where: Array | None) -> Array:
-        return self.over_devices(jnp.mean(x, self.dims, keepdims=True, where=where))
-
-    def over_devices(self, x: Any) -> Any:
-        if self.axis_name is None:
-            return x
-        return lax.pmean(x, self.axis_name, axis_index_groups=self.axis_index_groups)
-
-    def moments(self, x: Array, where: Array | None) -> tuple[Array, Array]:
-        """Mean and variance of `x`, of a real dtype the second."""
-        if not self.centered:
-            return jnp.zeros((), x.dtype), self(_abs_square(x), where)
-        if not self.fast:
-            mean = self(x, where)
-            return mean, self(_abs_square(x - mean), where)
-        here = self._replace(axis_name=None)  # both moments cross the devices together
-        mean, square = self.over_devices((here(x, where), here(_abs_square(x), where)))
-        return mean, jnp.maximum(square - _abs_square(mean), 0)
-
-
-def _abs_square(x: Array) -> Array:
-    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def normalize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
-    """y = (x - mean) / √(var + ε), with the mean and the variance, which count as constants.
-
-    Args:
-        where: the entries that the moments are taken over; all of `x` is normalised.
-    """
-    mean, var = average.moments(x, where)
-    return (x - mean) * lax.rsqrt(var + average.epsilon), mean, var
-
-
-@normalize.defjvp
-def _normalize_jvp(average: Average, primals: Any, tangents: Any) -> Any:
-    """dy = u - E[u] - y Re E[y* u] with u = dx / √(var + ε)."""
-    (x, where), dx = primals, tangents[0]
-    mean, var = average.moments(x, where)
-    factor = lax.rsqrt(var + average.epsilon)
-    y, u = (x - mean) * factor, dx * factor
-    dy = u - y * average(jnp.real(jnp.conj(y) * u), where)
-    if average.centered:
-        dy = dy - average(u, where)
-    return (y, mean, var), (dy, jnp.zeros_like(mean), jnp.zeros_like(var))
 
 
 # ---------------------------------------------------------------- what the layers share
@@ -134,7 +60,8 @@ def _feature_shape(layer: Any, x: Array, dims: tuple[int, ...], num_features: in
     if math.prod(shape) != num_features:
         where = f"dim {dims[0]}" if len(dims) == 1 else f"dims {dims}"
         wanted = f"{num_features} features on {where}"
-        raise ShapeError(f"{type(layer).__name__} got a wrong number of features", at=layer, got=x.shape, expected=wanted,
+        raise ShapeError(f"{type(layer).__name__} got a wrong number of features", at=layer, got=x.shape,
+                         expected=wanted,
                          fix=f"build it with num_features={math.prod(shape)}, or name other feature axes")  # fmt: skip
     return shape
 
@@ -151,8 +78,9 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
-def _selection(mask: Any) -> Array | None:
-    return None if mask is None else jnp.asarray(mask, bool)
+def _selection(mask: Any, x: Array) -> Array | None:
+    """A mask as booleans, with as many dims as `x`."""
+    return None if mask is None else jnp.asarray(mask, bool).reshape((1,) * (x.ndim - jnp.ndim(mask)) + jnp.shape(mask))
 
 
 # ---------------------------------------------------------------- the layers
@@ -240,7 +168,7 @@ class BatchNorm(Module):
             return _affine((_wide(x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
         dims = tuple(dim for dim in range(x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, mean, var = normalize(average, _wide(x), _selection(mask))
+        y, mean, var = normalize(average, _wide(x), _selection(mask, x))
         for statistic, new in ((self.mean, mean), (self.var, var)):
             followed = self.momentum * statistic[...] + (1 - self.momentum) * new.reshape(self.num_features)
             statistic[...] = lax.stop_gradient(followed)
@@ -325,7 +253,7 @@ class LayerNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, _wide(x), _selection(mask))
+        y, _, _ = normalize(average, _wide(x), _selection(mask, x))
         return _affine(y, scale, bias, shape).astype(dtype)
 
 
@@ -345,8 +273,8 @@ class RMSNorm(Module):
         ShapeError: `x` has not `num_features` entries on `feature_axes`.
 
     >>> from batiste.graph import Rngs
-    >>> RMSNorm(2, rngs=Rngs(0))(jnp.array([[1.0, 7.0]])).round(3)
-    Array([[0.2, 1.4]], dtype=float32)
+    >>> RMSNorm(2, rngs=Rngs(0))(jnp.array([[3.0, -3.0]])).round(3)
+    Array([[ 1., -1.]], dtype=float32)
 
     Source: Zhang, Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
     """
@@ -393,12 +321,12 @@ class RMSNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, False,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, _wide(x), _selection(mask))
+        y, _, _ = normalize(average, _wide(x), _selection(mask, x))
         return _affine(y, scale, None, shape).astype(dtype)
 
 
 class GroupNorm(Module):
-    """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over each group of channels, for each entry of the batch
+    """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over each group of channels of each example
 
     Args:
         num_features: channels; the last dim.
@@ -471,7 +399,7 @@ class GroupNorm(Module):
         grouped = (*x.shape[:-1], self.num_groups, self.group_size)
         average = Average(self._grouped_dims(x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        where = None if mask is None else jnp.broadcast_to(_selection(mask), x.shape).reshape(grouped)
+        where = None if mask is None else jnp.broadcast_to(jnp.asarray(mask, bool), x.shape).reshape(grouped)
         y, _, _ = normalize(average, _wide(x).reshape(grouped), where)
         return _affine(y.reshape(x.shape), scale, bias, shape).astype(dtype)
 
@@ -488,19 +416,25 @@ class GroupNorm(Module):
 
 def _groups(num_features: int, num_groups: int | None, group_size: int | None) -> tuple[int, int]:
     """Number and size of the groups, from one of them."""
-    if (num_groups is None) == (group_size is None):
-        raise ArgumentError("Either `num_groups` or `group_size` should be specified, not both",
-                            got=f"num_groups={num_groups}, group_size={group_size}",
-                            fix="pass num_groups=None beside group_size: its default is 32")  # fmt: skip
-    if group_size is None:
-        if num_groups <= 0 or num_features % num_groups:
-            raise ArgumentError(f"Number of groups ({num_groups}) does not divide the number of channels ({num_features})",
-                                fix="choose num_groups among the divisors of num_features")  # fmt: skip
-        return num_groups, num_features // num_groups
-    if group_size <= 0 or num_features % group_size:
-        raise ArgumentError(f"Number of features ({num_features}) is not a multiple of the group size ({group_size})",
-                            fix="choose group_size among the divisors of num_features")  # fmt: skip
-    return num_features // group_size, group_size
+    if num_groups is not None and group_size is None:
+        if num_groups > 0 and num_features % num_groups == 0:
+            return num_groups, num_features // num_groups
+        raise ArgumentError(
+            f"Number of groups ({num_groups}) does not divide the number of channels ({num_features})",
+            fix="choose num_groups among the divisors of num_features",
+        )
+    if num_groups is None and group_size is not None:
+        if group_size > 0 and num_features % group_size == 0:
+            return num_features // group_size, group_size
+        raise ArgumentError(
+            f"Number of features ({num_features}) is not a multiple of the group size ({group_size})",
+            fix="choose group_size among the divisors of num_features",
+        )
+    raise ArgumentError(
+        "Either `num_groups` or `group_size` should be specified, not both",
+        got=f"num_groups={num_groups}, group_size={group_size}",
+        fix="pass num_groups=None beside group_size: its default is 32",
+    )
 
 
 class InstanceNorm(Module):
@@ -568,12 +502,11 @@ class InstanceNorm(Module):
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         features = _dims(self, "feature_axes", self.feature_axes, x.ndim)
         if 0 in features:
-            raise ArgumentError("The channel axes cannot include the leading dimension: InstanceNorm takes it for the batch",
-                                at=self, got=f"feature_axes={self.feature_axes} for an input of {x.ndim} dims",
+            raise ArgumentError("The channel axes cannot include the leading dimension, which is the batch", at=self,
+                                got=f"feature_axes={self.feature_axes} for an input of {x.ndim} dims",
                                 fix="name the channels' dim in feature_axes, after the first")  # fmt: skip
         shape = _feature_shape(self, x, features, self.num_features)
         dims = tuple(dim for dim in range(1, x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, _, _ = normalize(average, _wide(x), _selection(mask))
+        y, _, _ = normalize(average, _wide(x), _selection(mask, x))
         return _affine(y, scale, bias, shape).astype(dtype)
-

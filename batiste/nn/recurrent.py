@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from batiste.graph import Module, RngState, Rngs, RngStream, data
+from batiste.graph import Module, Rngs, RngState, RngStream, data
 from batiste.graph.errors import DtypeError, ShapeError, StructureError
 from batiste.graph.filters import All, Filter
 from batiste.graph.restream import split_rngs
@@ -113,16 +113,17 @@ class RNN(Module):
 
         if reverse and seq_lengths is not None:
             inputs = flip_sequences(inputs, seq_lengths, num_batch_dims, time_major)
-        carry, outputs = self._run(initial_carry, inputs, seq_lengths, time_axis, reverse and seq_lengths is None, return_carry)
+        backwards = reverse and seq_lengths is None
+        lengths = seq_lengths if return_carry else None
+        carry, outputs = self._run(initial_carry, inputs, lengths, time_axis, backwards)
         if reverse and keep_order == (seq_lengths is not None):  # a loop that runs backwards keeps the order by itself
             outputs = jax.tree.map(lambda y: flip_sequences(y, seq_lengths, num_batch_dims, time_major), outputs)
         return (carry, outputs) if return_carry else outputs
 
-    def _run(self, carry: Any, inputs: Array, lengths: Lengths, time_axis: int, reverse: bool, keep: bool) -> tuple[Any, Any]:
+    def _run(self, carry: Any, inputs: Array, lengths: Lengths, time_axis: int, reverse: bool) -> tuple[Any, Any]:
         """The loop: the carry after the last step that counts, and the outputs of all steps."""
-        if lengths is None or not keep:
-            last = None
-        else:
+        last = None
+        if lengths is not None:
             steps = jnp.arange(inputs.shape[time_axis]).reshape(-1, *(1,) * lengths.ndim)
             last = steps == lengths[None] - 1
 
@@ -222,8 +223,8 @@ class Bidirectional(Module):
         try:
             first, second = (None, None) if initial_carry is None else initial_carry
         except (TypeError, ValueError):
-            raise StructureError("Bidirectional got a wrong initial carry", at=self, got=jax.tree.structure(initial_carry),
-                                 expected="a pair: of the forward and of the backward layer",
+            raise StructureError("Bidirectional got a wrong initial carry", at=self,
+                                 got=jax.tree.structure(initial_carry), expected="a pair, one for each layer",
                                  fix="pass initial_carry=(forward, backward)") from None  # fmt: skip
         stream = carry_stream(self, self.rngs if rngs is None else rngs)
         common = dict(rngs=stream, seq_lengths=seq_lengths, return_carry=True, time_major=time_major)
@@ -237,8 +238,8 @@ class Bidirectional(Module):
 def flip_sequences(inputs: Array, seq_lengths: Array | None, num_batch_dims: int, time_major: bool) -> Array:
     """The sequences in `inputs` backwards, each in its first `seq_lengths[b]` places.
 
-    Without lengths that is all of the time axis, which is dim 0 if `time_major`, else `num_batch_dims`. What comes after
-    a sequence stays after it, backwards too.
+    Without lengths that is all of the time axis, which is dim 0 if `time_major`, else `num_batch_dims`. What comes
+    after a sequence stays after it, backwards too.
 
     >>> flip_sequences(jnp.array([[1, 0, 0], [2, 3, 0], [4, 5, 6]]), jnp.array([1, 2, 3]), 1, False).tolist()
     [[1, 0, 0], [3, 2, 0], [6, 5, 4]]

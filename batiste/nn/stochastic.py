@@ -35,8 +35,8 @@ def forked_stream(layer: Any, rngs: Any, name: str) -> RngStream | None:
         return rngs[name].fork()
     if isinstance(rngs, RngStream):
         return rngs.fork()
-    raise RngTypeError(f"rngs must be a Rngs, RngStream or None for {type(layer).__name__}", got=repr(type(rngs).__name__),
-                       fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
+    raise RngTypeError(f"rngs must be a Rngs, RngStream or None for {type(layer).__name__}",
+                       got=type(rngs).__name__, fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
 
 
 class RngTypeError(RngError, TypeError):
@@ -101,8 +101,9 @@ class Dropout(Module):
         shape = list(inputs.shape)
         for dim in self.broadcast_dims:
             if not -inputs.ndim <= dim < inputs.ndim:
-                raise ArgumentError(f"Dropout got an input without dim {dim} of its broadcast_dims", at=self, got=inputs.shape,
-                                    expected=f"more than {dim if dim >= 0 else -dim - 1} dims", fix="name dims of the input")  # fmt: skip
+                raise ArgumentError(f"Dropout got an input without dim {dim} of its broadcast_dims", at=self,
+                                    got=inputs.shape, expected=f"more than {dim if dim >= 0 else -dim - 1} dims",
+                                    fix="name dims that the input has")  # fmt: skip
             shape[dim] = 1
         return dropped(inputs, key, self.rate, shape)
 
@@ -116,9 +117,9 @@ class Dropout(Module):
             return rngs
         if rngs is None:
             raise RngError("`deterministic` is False, but no `rngs` argument was provided to Dropout", at=self,
-                           fix="pass rngs=nnx.Rngs(dropout=0) to the constructor or to the call, or deterministic=True")  # fmt: skip
-        raise RngTypeError("rngs must be a Rngs, RngStream or jax.Array for Dropout", at=self, got=repr(type(rngs).__name__),
-                           fix="pass nnx.Rngs(dropout=0), a stream of it, or jax.random.key(0)")  # fmt: skip
+                           fix="pass rngs=nnx.Rngs(0) to the constructor or call, or set deterministic")  # fmt: skip
+        raise RngTypeError("rngs must be a Rngs, RngStream or jax.Array for Dropout", at=self,
+                           got=type(rngs).__name__, fix="pass nnx.Rngs(0) or jax.random.key(0)")  # fmt: skip
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """The options of this layer for `nnx.view`.
