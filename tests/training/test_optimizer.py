@@ -295,3 +295,18 @@ def test_train_state_takes_more_fields():
     next_state = state.apply_gradients(state.params, stats=new_stats)
     np.testing.assert_array_equal(next_state.stats["mean"], jnp.ones(3))
     assert len(jax.tree.leaves(state)) == 2 + 2 + 1
+
+
+def test_train_state_calls_the_model_with_states_by_name_or_value():
+    class Mine(TrainState):
+        rest: nnx.State
+
+    graphdef, params, rest = nnx.split(Model(), nnx.Param, ...)
+    state = Mine.create(graphdef, params=params, tx=optax.sgd(1.0), rest=rest)
+    expected = X @ params["linear"]["kernel"][...] + params["linear"]["bias"][None]
+    for chosen in (("params", "rest"), ("params", nnx.clone(rest))):
+        out, (_, after) = state.apply(*chosen)(X)
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+        assert after["calls"][...] >= 1
+    with pytest.raises(AttributeError, match="nope"):
+        state.apply("nope")
