@@ -51,7 +51,7 @@ def current_defaults() -> VarDefaults:
 
 
 class VarDefaultsContext:
-    """Defaults that hold from its creation on, until the end of its `with`, or for the calls of the function it decorates."""
+    """Defaults that hold from now on, until the end of its `with`, or for the calls of the function it decorates."""
 
     def __init__(self, changes: dict[str, bool]):
         self._before, self._changes = _here.value, changes
@@ -79,7 +79,7 @@ class VarDefaultsContext:
 
 
 def var_defaults(*, hijax: bool | None = None, ref: bool | None = None) -> VarDefaultsContext | VarDefaults:
-    """The defaults of `hijax=` and `ref=` of new Variables; with an argument it sets them: at once, for a block or a function.
+    """The defaults of `hijax=` and `ref=` of new Variables; an argument sets them: at once, for a block or a function.
 
     >>> with var_defaults(ref=True):
     ...     var_defaults()

@@ -18,7 +18,7 @@ from .errors import AliasError, StaticError, StructureError
 from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
 from .pytree import Pytree, prepare, same_place, sorted_names
 from .represent import Layout, represent
-from .state import State, key_order
+from .states import State, key_order
 from .variable import Frozen, Variable, frozen_metadata, structure_changed
 
 Node = TypeVar("Node")
@@ -270,6 +270,18 @@ class GraphDef(Generic[Node]):
         self._hash = self._paths = None
 
 
+def _summary(d: Any) -> str:
+    """One line about a description, without what is below it."""
+    if d[0] == OBJECT:
+        settings = ", ".join(f"{k}={v!r}" for k, v in zip(d.settings.names, d.settings.values))
+        return f"{d.type.__name__} #{d.index}({settings})"
+    if d[0] == TREE:
+        return f"{d.form.__name__ if isinstance(d.form, type) else 'pytree'} of {len(d.children)}"
+    if d[0] == REF:
+        return f"again #{d.index}"
+    return f"{d.type.__name__ if hasattr(d, 'type') else 'Ref'} #{d.index}"
+
+
 jax.tree_util.register_static(GraphDef)
 
 
@@ -442,7 +454,7 @@ class _Walk:
         keys, children, names, values = [], [], [], []
         int_keys, says_data = x._pytree__has_int_keys, x._pytree__is_pytree
         if not self.graph and not says_data:
-            raise no_tree_error(x, self.what)
+            raise no_tree_error(x, path, self.what)
         for name in sorted_names(x):
             value = attributes[name]
             if type(value) in _ATOMS and not (says_data and nodes.get(name) and value is not None):
@@ -558,9 +570,10 @@ def inconsistent_error(x: Any, places: list[tuple[Path, Any]]) -> AliasError:
                       fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)")  # fmt: skip
 
 
-def no_tree_error(x: Any, what: str) -> StructureError:
-    return StructureError(f"Cannot use {what or 'the functions of a tree'!r} with graph=False on a {type(x).__name__!r} instance that "
-                          "has pytree=False: it is no tree", fix="pass graph=True")  # fmt: skip
+def no_tree_error(x: Any, path: Path, what: str) -> StructureError:
+    where = f"with {what!r} " if what else ""
+    return StructureError(f"Cannot use graph=False {where}on a {type(x).__name__!r} instance, which has pytree=False. Found at path "
+                          f"{show_path(path)}", fix="pass graph=True")  # fmt: skip
 
 
 def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:

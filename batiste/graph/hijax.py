@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hijax Variables: boxes that JAX itself carries through its transforms, so that a write inside plain `jax.jit` arrives.
+"""Hijax Variables: boxes that JAX itself carries through transforms, so that a write inside plain `jax.jit` arrives.
 
     box      a HijaxVariable, or a tracer of one
     Content  what a box holds at a moment, without the arrays: kind, metadata, structure and types of the value
     look     box -> an ordinary Variable with what is in it        primitive `get_variable`
     put      writes an ordinary Variable back into the box         primitive `set_variable`
 
-Everything that a Variable can do, a box does by one route: look, do it there, put what changed. A box is *mutable*, and
-its Content a dynamic part of its type, unless the value is a `jax.Ref` (`ref=True`), which is written itself, or metadata
-say `mutable=False`: then the Content is its type, and JAX differentiates it as a value.
+Everything that a Variable can do, a box does by one route: look, do it there, put what changed. A box is *mutable*,
+and its Content a dynamic part of its type, unless the value is a `jax.Ref` (`ref=True`), which is written itself, or
+metadata say `mutable=False`: then the Content is its type, and JAX differentiates it as a value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jax.experimental.hijax import (
 )
 
 from .errors import ImmutableVariableError
-from .jaxcompat import Effect, Tracer, cur_qdd, custom_derivatives_allowed_effects
+from .jaxcompat import Effect, Tracer, cur_qdd, current_trace, custom_derivatives_allowed_effects
 from .variable import Frozen, Variable, frozen_metadata
 
 
@@ -94,14 +94,22 @@ def _type_of(x: Any) -> AbstractValue:
 
 
 def content_of(box: Any) -> Content:
-    """What a box holds here and now."""
+    """What a box holds here and now.
+
+    Raises:
+        NotImplementedError: JAX does not tell.
+    """
     aval = jax.typeof(box)
-    return aval.content if isinstance(aval, ValueType) else cur_qdd(box)
+    content = aval.content if isinstance(aval, ValueType) else cur_qdd(box)
+    if content is None:
+        raise NotImplementedError("JAX does not carry a hijax Variable into this transform as an argument.\n"
+                                  "  Fix: let the function close over it, or pass its value")  # fmt: skip
+    return content
 
 
 # ---------------------------------------------------------------- boxes
 class HijaxVariable:
-    """A box. It passes for its Variable: `isinstance(box, Param)` holds, methods and metadata are those of the Variable."""
+    """A box. It passes for its Variable: `isinstance(box, Param)` holds, methods and metadata are the Variable's."""
 
     __slots__ = ("_content", "_leaves", "__weakref__")
 
@@ -167,7 +175,7 @@ def put(box: Any, variable: Variable) -> None:
     """
     if isinstance(jax.typeof(box), ValueType):
         raise ImmutableVariableError("this hijax Variable cannot be written", at=type(variable).__name__,
-                                     fix="make it with mutable=True, or write its jax.Ref if it has ref=True")  # fmt: skip
+                                     fix="make it with mutable=True, or write the Ref if it has ref=True")  # fmt: skip
     content, leaves = Content.of(variable)
     set_p.bind(box, *leaves, content=content)
 
@@ -198,6 +206,7 @@ def _attribute(box: Any, name: str) -> Any:
 # To a Boundary a box is its own value: JAX carries it there and back.
 _OF_BOXES: dict[str, Callable[[Any], Any]] = {
     "_raw_value": lambda box: box,
+    "_trace_state": lambda box: current_trace(),
     "_home": lambda box: None,
     "_frozen": lambda box: content_of(box).metadata,
     "_var_metadata": lambda box: dict(content_of(box).metadata.items),
@@ -333,8 +342,8 @@ custom_derivatives_allowed_effects.add_type(BoxEffect)
 
 
 def _no_derivative(name: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} of a hijax Variable cannot be differentiated: the Variable may be written.\n"
-                               "  Fix: differentiate with respect to nnx.with_vars(..., mutable=False), or to its value")  # fmt: skip
+    problem = f"{name} of a hijax Variable cannot be differentiated: the Variable may be written."
+    return NotImplementedError(problem + "\n  Fix: differentiate by nnx.with_vars(..., mutable=False), or by its value")
 
 
 class NewVariable(HiPrimitive):
@@ -351,7 +360,8 @@ class NewVariable(HiPrimitive):
     def jvp(self, primals, tangents, *, content: Content):  # type: ignore[override]
         if content.mutable:
             raise _no_derivative("making")
-        return self.bind(*primals, content=content), self.bind(*map(instantiate_zeros, tangents), content=content.to_tangent_qdd())
+        tangents = map(instantiate_zeros, tangents)
+        return self.bind(*primals, content=content), self.bind(*tangents, content=content.to_tangent_qdd())
 
     def transpose(self, cotangent, *leaves: Any, content: Content):  # type: ignore[override]
         return [Zero(a) for a in content.leaves] if type(cotangent) is Zero else get_p.bind(cotangent, content=content)

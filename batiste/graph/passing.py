@@ -26,13 +26,13 @@ from .flatten import ANY, UNCHANGED, Flat, GraphDef, _Build, _Walk, is_graph_nod
 from .jaxcompat import is_ref
 from .modes import graph_mode
 from .split import cut, leaves_of
-from .state import FlatState, State
+from .states import FlatState, State
 from .variable import MISSING, Variable
 
 __all__ = [
-    "ArrayRefOutput", "IndexMap", "MergeContext", "NodeStates", "RefMap", "SplitContext", "UpdateContext", "current_update_context",
-    "default_split_fn", "flatten", "from_tree", "is_tree_node", "merge_context", "merge_tree_node", "split_context", "to_tree",
-    "unflatten", "update_context",
+    "ArrayRefOutput", "IndexMap", "MergeContext", "NodeStates", "RefMap", "SplitContext", "UpdateContext",
+    "current_update_context", "default_split_fn", "flatten", "from_tree", "is_tree_node", "merge_context",
+    "merge_tree_node", "split_context", "to_tree", "unflatten", "update_context",
 ]  # fmt: skip
 
 
@@ -91,9 +91,9 @@ def _flatten(node: Any, seen: RefMap, outer: RefMap | None, graph: bool | None) 
     return flat
 
 
-def flatten(node: Any, /, *, with_paths: bool = True, ref_index: RefMap | None = None, ref_outer_index: RefMap | None = None,
-            graph: bool | None = None) -> tuple[GraphDef, FlatState | list[Any]]:  # fmt: skip
-    """An object as `(graphdef, leaves)`: a FlatState of its Variables and arrays, or without paths a list of plain values.
+def flatten(node: Any, /, *, with_paths: bool = True, ref_index: RefMap | None = None,
+            ref_outer_index: RefMap | None = None, graph: bool | None = None) -> tuple[GraphDef, Any]:  # fmt: skip
+    """An object as `(graphdef, leaves)`: a FlatState of Variables and arrays, or without paths a list of plain values.
 
     Args:
         ref_index: objects that were met before, and their numbers; it learns the new ones.
@@ -104,7 +104,8 @@ def flatten(node: Any, /, *, with_paths: bool = True, ref_index: RefMap | None =
 
 
 def unflatten(graphdef: GraphDef, state: State | FlatState | list[Any], /, *, index_ref: IndexMap | None = None,
-              outer_index_outer_ref: IndexMap | None = None, copy_variables: bool = False, recreate_variables: bool = True) -> Any:  # fmt: skip
+              outer_index_outer_ref: IndexMap | None = None, copy_variables: bool = False,
+              recreate_variables: bool = True) -> Any:  # fmt: skip
     """The inverse of `flatten`; Variables in the state become part of the object as they are.
 
     Args:
@@ -117,8 +118,8 @@ def unflatten(graphdef: GraphDef, state: State | FlatState | list[Any], /, *, in
     return _unflatten(graphdef, leaves, index_ref, outer_index_outer_ref, copy_variables, recreate_variables)
 
 
-def _unflatten(graphdef: GraphDef, leaves: list[Any], objects: IndexMap | None, reuse: IndexMap | None, copy: bool = False,
-               recreate: bool = True) -> Any:  # fmt: skip
+def _unflatten(graphdef: GraphDef, leaves: list[Any], objects: IndexMap | None, reuse: IndexMap | None,
+               copy: bool = False, recreate: bool = True) -> Any:  # fmt: skip
     build = _Build(leaves, reuse or {}, copy, recreate)
     if objects is not None:
         build.objects = objects
@@ -134,7 +135,7 @@ class ArrayRefOutput:
 
 
 def _outgoing(x: Any, stands_outside: bool) -> Any:
-    """A leaf as it can leave a transform: no Ref and no hijax box. The value of one that stands outside is there already."""
+    """A leaf as it can leave a transform: no Ref, no hijax box. Of one that stands outside, nothing."""
     value = x._raw_value if isinstance(x, Variable) else x
     if not is_graph_node(value):
         return x
@@ -219,13 +220,13 @@ class MergeContext:
 
 @contextmanager
 def split_context(ctxtag: Any = None) -> Iterator[SplitContext]:
-    """`with split_context() as c:` cuts several objects with `c.split`; under the tag of an `update_context`, for its way."""
+    """`with split_context() as c:` cuts several objects with `c.split`; a tag joins it to an `update_context`."""
     update = None if ctxtag is None else current_update_context(ctxtag)
     context = SplitContext(ctxtag, RefMap(), None if update is None else update.inner_ref_outer_index is not None)
     yield context
     if update is not None:
         update.was_split(context.ref_index)
-    del context.ref_index  # a closed context holds no object
+    vars(context).clear()  # a closed context holds no object
 
 
 @contextmanager
@@ -247,7 +248,7 @@ def merge_context(ctxtag: Any = None, inner: bool | None = None) -> Iterator[Mer
     yield context
     if update is not None and inner:
         update.was_merged(context.index_ref)
-    del context.index_ref
+    vars(context).clear()
 
 
 # ---------------------------------------------------------------- there and back
@@ -302,7 +303,7 @@ class _Updating(ContextDecorator):
 def update_context(tag: Any) -> _Updating:
     """Opens an `UpdateContext`, for a block or for the calls of the function it decorates.
 
-    Inside it objects are cut four times: split (outside), merge (inside), split (inside), merge (outside). The last writes
+    Objects go through four steps: split (outside), merge (inside), split (inside), merge (outside). The last writes
     into the objects of the first, structure and settings included:
 
     >>> from batiste.graph import Module
@@ -392,7 +393,8 @@ def is_tree_node(x: Any) -> bool:
     return isinstance(x, NodeStates)
 
 
-def to_tree(tree: Any, /, *, prefix: Any = MISSING, split_fn: Callable[[SplitContext, Any, Any, Any], Any] = default_split_fn,
+def to_tree(tree: Any, /, *, prefix: Any = MISSING,
+            split_fn: Callable[[SplitContext, Any, Any, Any], Any] = default_split_fn,
             map_non_graph_nodes: bool = False, ctxtag: Any = None, check_aliasing: bool = True) -> Any:  # fmt: skip
     """The tree with `split_fn(context, path, prefix, x)`, by default a NodeStates, in the place of each object.
 
@@ -410,10 +412,11 @@ def to_tree(tree: Any, /, *, prefix: Any = MISSING, split_fn: Callable[[SplitCon
         return _map_leaves(tree, prefix, is_root, lambda *at: split_fn(context, *at), is_root, map_non_graph_nodes)
 
 
-def from_tree(tree: Any, /, *, prefix: Any = MISSING, merge_fn: Callable[[MergeContext, Any, Any, Any], Any] = merge_tree_node,
+def from_tree(tree: Any, /, *, prefix: Any = MISSING,
+              merge_fn: Callable[[MergeContext, Any, Any, Any], Any] = merge_tree_node,
               is_node_leaf: Callable[[Any], bool] = is_tree_node, is_leaf: Callable[[Any], bool] = is_tree_node,
               map_non_graph_nodes: bool = False, is_inner: bool | None = None, ctxtag: Any = None) -> Any:  # fmt: skip
-    """The inverse of `to_tree`: `merge_fn(context, path, prefix, x)` in the place of each leaf that `is_node_leaf` tells."""
+    """The inverse of `to_tree`: `merge_fn(context, path, prefix, x)` for each leaf that `is_node_leaf` tells."""
     with merge_context(ctxtag, is_inner) as context:
         return _map_leaves(tree, prefix, is_leaf, lambda *at: merge_fn(context, *at), is_node_leaf, map_non_graph_nodes)
 

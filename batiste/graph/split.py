@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functional API: an object is cut into a GraphDef and States by filters, put together again, and updated in place."""
+"""The functional API: an object is cut into a GraphDef and States by filters, put together again, updated in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .flatten import Flat, GraphDef, flatten_graph, show_path, unflatten_graph
 from .jaxcompat import key_name
 from .modes import graph_mode
 from .pytree import ARRAYS, Pytree
-from .state import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
+from .states import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
 from .variable import Variable
 from .walk import iter_graph
 
@@ -96,7 +96,7 @@ def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_
         return _merge_graph_states(graphdef_or_graphstate, *states)
     description: GraphDef = graphdef_or_graphstate
     if not isinstance(description, GraphDef):
-        raise ArgumentError("merge needs a GraphDef first", got=type(description).__name__, expected="GraphDef, then States",
+        raise ArgumentError("merge needs a GraphDef first", got=type(description).__name__, expected="GraphDef, States",
                             fix="call merge(graphdef, state) with the pair that split returned")  # fmt: skip
     if not states:
         raise TypeError("merge() missing 1 required positional argument: 'state'")
@@ -115,7 +115,8 @@ def leaves_of(description: GraphDef, states: Iterable[Any]) -> list[Any]:
         extra = [show_path(p) for p in given if p not in set(paths)]
         raise StructureError(
             f"Incorrect number of leaves, expected {len(paths)} leaves, but got {len(given)}"
-            + (f"; missing: {', '.join(missing[:8])}" if missing else "") + (f"; unknown: {', '.join(extra[:8])}" if extra else ""),
+            + (f"; missing: {', '.join(missing[:8])}" if missing else "")
+            + (f"; unknown: {', '.join(extra[:8])}" if extra else ""),
             fix="pass all the States that split returned with this GraphDef",
         )  # fmt: skip
     return [given[path] for path in paths]
@@ -172,10 +173,9 @@ def _update_at(at: Any, path: tuple, value: Any, whole: tuple) -> None:
                 f"cannot update below the {type(at).__name__}", at=show_path(whole), fix="pass its value"
             )
         part = _child(at, key)
-        if not rest and not isinstance(part, Variable):
-            if not isinstance(part, Pytree):
-                _set_child(at, key, value, whole)
-                return
+        if not rest and not isinstance(part, (Variable, Pytree)):
+            _set_child(at, key, value, whole)
+            return
         at, path = part, tuple(rest)
     if isinstance(at, Variable):
         if isinstance(value, Variable):
@@ -265,7 +265,7 @@ def _delete_child(at: Any, key: Any, path: tuple) -> None:
 
 
 def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> A:
-    """A copy of an object; with `variables=False` it shares the Variables, with `arrays=True` the arrays are copied too."""
+    """A copy of an object; with `variables=False` it shares the Variables, with `arrays=True` arrays are copied too."""
     description, parts = split(node, graph=graph)
     if arrays:
         parts = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, parts)
@@ -274,7 +274,7 @@ def clone(node: A, variables: bool = True, *, arrays: bool = False, graph: bool 
 
 # ---------------------------------------------------------------- methods of an object that is cut
 class ApplyCaller:
-    """Stands for an object that is cut, or for something that it leads to: attributes and items lead on, a call runs it there.
+    """Stands for an object that is cut, or for a part of it: attributes and items lead on, a call runs it there.
 
     A call returns `(result, (graphdef, state))`, with the object as the call left it.
     """

@@ -24,7 +24,7 @@ from .flatten import (
 from .jaxcompat import key_name, one_level
 from .modes import graph_mode
 from .pytree import Pytree, sorted_names
-from .state import State, key_order
+from .states import State, key_order
 from .variable import Variable
 
 A = TypeVar("A")
@@ -59,15 +59,13 @@ def data_items(x: Any) -> list[tuple[Any, Any]] | None:
     return items
 
 
-def _items_of(graph: bool, what: str) -> Callable[[Any], list[tuple[Any, Any]] | None]:
-    """How the objects of a graph, or of a tree, are opened."""
-
-    def tree_items(x: Any) -> list[tuple[Any, Any]] | None:
-        if isinstance(x, Pytree) and not type(x)._pytree__is_pytree:
-            raise no_tree_error(x, what)
-        return data_items(x)
-
-    return node_items if graph else tree_items
+def _items(x: Any, path: Path, graph: bool, what: str) -> list[tuple[Any, Any]] | None:
+    """What is directly inside an object of a graph, or of a tree."""
+    if graph:
+        return node_items(x)
+    if isinstance(x, Pytree) and not type(x)._pytree__is_pytree:
+        raise no_tree_error(x, path, what)
+    return data_items(x)
 
 
 def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Path, Any]]:
@@ -77,12 +75,11 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
         AliasError: with `graph=False`, a Variable that is found at two paths, or a cycle.
     """
     as_graph = graph_mode(graph)
-    items_of = _items_of(as_graph, "iter_graph")
     seen: dict[int, Path] = {}
     open_: set[int] = set()
 
     def visit(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-        items = items_of(x)
+        items = _items(x, path, as_graph, "iter_graph")
         once = (
             is_graph_node(x) or items is not None
             if as_graph
@@ -109,7 +106,7 @@ def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[
         StructureError: it is a leaf.
     """
     as_graph = graph_mode(graph)
-    items = _items_of(as_graph, "iter_children")(node)
+    items = _items(node, (), as_graph, "iter_children")
     if items is None:
         raise StructureError(f"Expected a {'graph' if as_graph else 'pytree'} node, got {type(node).__name__}",
                              fix="pass a module or a container")  # fmt: skip
@@ -120,7 +117,6 @@ def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[
 def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None) -> Any:
     """Rebuilds an object, children first, with `f(path, x)` in the place of every node and leaf."""
     as_graph = graph_mode(graph)
-    items_of = data_items if as_graph else _items_of(False, "recursive_map")
     done: dict[int, tuple[Any, Path]] = {}
 
     def visit(x: Any, path: Path) -> Any:
@@ -132,7 +128,8 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
         if isinstance(x, Pytree):
             new = x.__copy__()
             done[id(x)] = new, path
-            for key, value in items_of(x) or ():
+            items = data_items(x) if as_graph else _items(x, path, False, "recursive_map")
+            for key, value in items or ():
                 new.__dict__[str(key)] = visit(value, (*path, key))
         elif not is_graph_node(x) and (items := node_items(x)) is not None:
             children = [visit(value, (*path, key)) for key, value in items]
@@ -214,9 +211,9 @@ def set_metadata(node: Any, /, *, only: Filter = Variable, **metadata: Any) -> N
             x.set_metadata(**metadata)
 
 
-def with_vars(node: A, /, *, hijax: bool | None = None, ref: bool | None = None, mutable: bool | None = None, only: Filter = ...,
-              allow_duplicates: bool = False) -> A:  # fmt: skip
-    """An object whose Variables are backed in another way; those that `only` leaves out, or that are so already, stay the same.
+def with_vars(node: A, /, *, hijax: bool | None = None, ref: bool | None = None, mutable: bool | None = None,
+              only: Filter = ..., allow_duplicates: bool = False) -> A:  # fmt: skip
+    """An object whose Variables are backed in another way; those that `only` leaves out, or that are so already, stay.
 
     Args:
         hijax, ref: the backing; None leaves it as it is.
@@ -249,8 +246,8 @@ def with_vars(node: A, /, *, hijax: bool | None = None, ref: bool | None = None,
     return map(lambda path, x: x.replace(**changes) if differs(path, x) else x, node, graph=True)
 
 
-def vars_as(node: A, /, *, hijax: bool | None = None, ref: bool | None = None, mutable: bool | None = None, only: Filter = ...,
-            allow_duplicates: bool = False) -> A:  # fmt: skip
+def vars_as(node: A, /, *, hijax: bool | None = None, ref: bool | None = None, mutable: bool | None = None,
+            only: Filter = ..., allow_duplicates: bool = False) -> A:  # fmt: skip
     """Deprecated name of `with_vars`."""
     warnings.warn("'vars_as' is deprecated, use 'with_vars' instead.", DeprecationWarning, stacklevel=2)
     return with_vars(node, hijax=hijax, ref=ref, mutable=mutable, only=only, allow_duplicates=allow_duplicates)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformed functions with their first arguments fixed.
 
-A jitted function remembers the traversal of its arguments anyway (`batiste.graph.plan`). What these two add is a promise:
-the structure of the fixed objects is that of the moment they were fixed, and stays so.
+A jitted function remembers the traversal of its arguments anyway (`batiste.graph.plan`). What these two add is a
+promise: the structure of the fixed objects is that of the moment they were fixed, and stays so.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class JitPartial:
 
     def _all(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
         if any(is_root(x) for x in jax.tree.leaves((args, kwargs), is_leaf=is_root)):
-            raise ArgumentError("Found Variable in non-partial arguments. jit_partial only supports Variables in partial arguments",
+            raise ArgumentError("Found Variable in non-partial arguments, where jit_partial takes only arrays",
                                 fix="pass it to jit_partial, or use nnx.jit")  # fmt: skip
         return (*self.partial_args, *args)
 
@@ -97,7 +97,7 @@ def jit_partial(fun: Callable[..., Any], *partial_args: Any, in_shardings: Any =
                 donate_argnums: int | Sequence[int] | None = None, donate_argnames: str | Iterable[str] | None = None,
                 keep_unused: bool = False, device: Any = None, backend: str | None = None, inline: bool = False,
                 graph: bool | None = None, graph_updates: bool | None = None) -> JitPartial:  # fmt: skip
-    """`jit` with the first arguments fixed, without graph updates: values of Variables travel, changes of structure do not.
+    """`jit` with the first arguments fixed, without graph updates: values travel, changes of structure do not.
 
     Numbers of arguments, and a tuple of shardings, count the fixed ones too. All Variables are among these.
 
@@ -110,6 +110,6 @@ def jit_partial(fun: Callable[..., Any], *partial_args: Any, in_shardings: Any =
                             fix="pass graph_updates=False, or use nnx.cached_partial")  # fmt: skip
     options: dict[str, Any] = {"keep_unused": keep_unused, "inline": inline}
     options |= {name: x for name, x in (("device", device), ("backend", backend)) if x is not None}
-    jitted = JitWrapped(fun, mode, in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames,
-                        **options)  # fmt: skip
+    jitted = JitWrapped(fun, mode, in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums,
+                        donate_argnames, **options)  # fmt: skip
     return JitPartial(jitted, _pinned(partial_args, mode)[2])
