@@ -61,7 +61,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def name_of(file: Path) -> str:
-    """batiste/graph/state.py -> batiste.graph.state"""
+    """batiste/graph/states.py -> batiste.graph.states"""
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 

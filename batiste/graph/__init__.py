@@ -32,7 +32,7 @@ from .pytree import (
 from .restream import backup_keys, fork_rngs, reseed, restore_rngs, split_rngs, with_rngs
 from .rng import RngCount, RngKey, Rngs, RngState, RngStream
 from .split import GraphState, call, clone, graphdef, merge, pop, split, state, unpack, update, variables
-from .state import (
+from .states import (
     FlatState,
     State,
     diff,

@@ -39,7 +39,7 @@ from .flatten import (
 from .jaxcompat import Tracer, current_trace, is_ref, key_name
 from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
-from .state import State, create_path_filters
+from .states import State, create_path_filters
 from .variable import Variable, frozen_metadata
 from .walk import data_items
 

@@ -255,9 +255,8 @@ class GraphDef(Generic[Node]):
         return self
 
     def __batiste_repr__(self) -> Layout:
-        return Layout(
-            "GraphDef", [("nodes", self.nodes), ("attributes", self.attributes), ("num_leaves", self.num_leaves)]
-        )
+        lines = [(show_path(path), _summary(d)) for path, d in walk_defs(self.root) if d[0] not in (LEAF, STATIC)]
+        return Layout("GraphDef", [*lines, ("num_leaves", self.num_leaves)], join=": ")
 
     def __repr__(self) -> str:
         return represent(self)
@@ -278,7 +277,7 @@ def _summary(d: Any) -> str:
     if d[0] == TREE:
         return f"{d.form.__name__ if isinstance(d.form, type) else 'pytree'} of {len(d.children)}"
     if d[0] == REF:
-        return f"again #{d.index}"
+        return f"met before: #{d.index}"
     return f"{d.type.__name__ if hasattr(d, 'type') else 'Ref'} #{d.index}"
 
 

@@ -250,7 +250,8 @@ class Pytree(metaclass=PytreeMeta):
             structure_changed()
 
     def __batiste_repr__(self) -> Layout:
-        return Layout(type(self).__name__, list(self.__dict__.items()), counted=True)
+        shown = [(k, v) for k, v in self.__dict__.items() if not k.startswith("_") or self._pytree__nodes.get(k)]
+        return Layout(type(self).__name__, shown, counted=True)
 
     def __repr__(self) -> str:
         return represent(self)

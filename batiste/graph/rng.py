@@ -9,6 +9,7 @@ set of streams with names. A stream that lacks a name's own falls back to the st
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from jax.nn import initializers
 from .errors import RngError
 from .filters import Filter, Predicate, to_predicate
 from .pytree import Pytree
+from .represent import Layout
 from .variable import Variable
 
 Shape = int | tuple[int, ...]
@@ -31,6 +33,9 @@ class RngState(Variable[jax.Array]):
 
     __slots__ = ()
     tag: str
+
+    def __batiste_repr__(self) -> Layout:
+        return dataclasses.replace(super().__batiste_repr__(), kind="RngState")  # keys and counts are counted as one
 
 
 class RngKey(RngState):

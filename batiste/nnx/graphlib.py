@@ -11,5 +11,5 @@ from batiste.graph.jaxcompat import is_ref as is_array_ref  # noqa: F401
 from batiste.graph.modes import set_graph_mode, set_graph_updates  # noqa: F401
 from batiste.graph.split import GraphState, clone, graphdef, merge, pop, split, state, unpack, update, variables  # noqa: F401
 from batiste.graph.passing import *  # noqa: F403
-from batiste.graph.state import FlatState, State  # noqa: F401
+from batiste.graph.states import FlatState, State  # noqa: F401
 from batiste.graph.walk import *  # noqa: F403

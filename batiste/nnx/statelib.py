@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """States, under Flax's name."""
 
-from batiste.graph.state import *  # noqa: F403
-from batiste.graph.state import create_path_filters  # noqa: F401
+from batiste.graph.states import *  # noqa: F403
+from batiste.graph.states import create_path_filters  # noqa: F401

@@ -19,7 +19,7 @@ from batiste.graph.errors import AutodiffError
 from batiste.graph.flatten import ARRAY_REF, LEAF, VARIABLE, Path, _Build, _Walk, show_path, walk_defs
 from batiste.graph.pytree import Pytree
 from batiste.graph.split import flat_pairs
-from batiste.graph.state import State, from_flat_state
+from batiste.graph.states import State, from_flat_state
 from batiste.graph.variable import Variable
 
 
