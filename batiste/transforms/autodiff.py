@@ -15,7 +15,8 @@ import jax
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, Note, is_root
 from batiste.graph.errors import AutodiffError
-from batiste.graph.flatten import ANY
+from batiste.graph.flatten import ANY, show_path
+from batiste.graph.jaxcompat import is_ref
 from batiste.graph.variable import MISSING, Param
 
 from .arguments import bound, by_position
@@ -30,6 +31,21 @@ def _enter(f: Callable, mode: Mode, args: tuple, specs: Sequence[Any]) -> tuple[
     boundary = Boundary(f, mode, ANY)
     diff, rest, _ = boundary.enter(args, specs=specs, labels=(DIFF, REST, ANY))
     return boundary, diff, rest
+
+
+def _refuse_refs(crossing: Crossing, diff: Sequence[Any]) -> None:
+    """A backward pass has no place for the gradient of something that is written while it runs.
+
+    Raises:
+        AutodiffError: a `jax.Ref` is to be differentiated.
+    """
+    for n, x in zip(crossing.order[0], diff):
+        if is_ref(x):
+            raise AutodiffError(
+                f"nnx.{crossing.mode.name} cannot differentiate a Variable with ref=True",
+                at=show_path(crossing.paths[n]),
+                fix="choose the other Variables with nnx.DiffState, or pass this one in an argument of its own",
+            )
 
 
 def _call(
@@ -96,6 +112,7 @@ def _differentiate(
         call, xs = by_position(f, args, kwargs)
         boundary, diff, rest = _enter(call, mode, xs, specs_of(xs, chosen))
         crossing = boundary.crossing
+        _refuse_refs(crossing, diff)
 
         @functools.wraps(f)
         def loss(diff: list[Any]) -> Any:
@@ -212,6 +229,7 @@ def vjp(
     chosen = {n: DiffState(n, Param) if mode.live else DIFF for n in range(len(primals))}
     boundary, diff, rest = _enter(f, mode, primals, specs_of(primals, chosen))
     crossing = boundary.crossing
+    _refuse_refs(crossing, diff)
     values = functools.wraps(f)(functools.partial(_outputs, crossing, rest, has_aux))
     out, pullback, (others, note) = jax.vjp(values, diff, has_aux=True, reduce_axes=reduce_axes)
     output = Output.of(note, mode, has_aux)

@@ -71,6 +71,7 @@ CASES = [
     ("DiffState without live objects", lambda: nnx.grad(total, argnums=only_bias, graph=False)),
     ("grad of a bound method", lambda: nnx.grad(Layer().__call__)),
     ("grad that hands out its argument", lambda: nnx.grad(with_itself, has_aux=True, graph_updates=False)(Model())),
+    ("grad of what is behind a Ref", lambda: nnx.grad(lambda v: v[...])(nnx.Param(jnp.ones(()), ref=True))),
     ("tangents of another number", lambda: nnx.jvp(total, (Model(),), ())),
     ("a tangent with a wrong name", lambda: nnx.jvp(total, (Model(),), (nnx.State({"block": jnp.ones(2)}),))),
     ("a cotangent of another structure", lambda: nnx.vjp(lambda m: {"a": total(m)}, Model())[1]({"b": 1.0})),

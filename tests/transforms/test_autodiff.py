@@ -176,6 +176,15 @@ def test_arrays_behind_refs_keep_what_was_written(mode):
     assert float(counter[...]) == 2.0
 
 
+@every_mode
+def test_what_is_behind_a_ref_is_not_differentiated(mode):
+    layer = Layer()
+    layer.bias = nnx.Param(jnp.ones((1, 3)), ref=True)
+    for transform in (nnx.grad(loss, **mode), lambda layer: nnx.vjp(loss, layer, **mode)):
+        with pytest.raises(AutodiffError, match="cannot differentiate a Variable with ref=True at 0/bias"):
+            transform(layer)
+
+
 # ---------------------------------------------------------------- vjp and jvp
 def tangent_of(net, seed):
     """A random module of the same structure."""
