@@ -341,6 +341,7 @@ class Crossing:
                 sources.append(SENT)
                 values.append(self.value_of_new(x, path))
                 labels.append(label)
+                self.sent.append(path)
         if args is not None and args == self.walked and SENT not in sources[:behind]:
             args, sources = None, sources[behind:]
         self.note = Note(changed, metadata, args, walked, tuple(sources), tuple(labels))

@@ -113,7 +113,7 @@ def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 
         key = boundary.crossing.key(), static, tuple(kwargs)
         if key not in programs:
             programs[key] = _parallel(boundary.crossing, options)
-        return boundary.leave(*programs[key](groups))
+        return boundary.leave(*programs[key](*groups))
 
     return mapped
 
@@ -121,10 +121,10 @@ def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 
 def _parallel(crossing: Crossing, options: dict[str, Any]) -> Callable:
     """The program of one structure of arguments."""
 
-    def run(groups):
+    def run(*groups):
         out = crossing.run(groups)
         return out, crossing.note
 
     axes = tuple(way.sharding for way in crossing.labels)
-    donated = (0,) if any(way.donated for way in crossing.labels) else ()
-    return jax.pmap(run, in_axes=(axes,), out_axes=(axes, None), donate_argnums=donated, **options)
+    donated = tuple(n for n, way in enumerate(crossing.labels) if way.donated)
+    return jax.pmap(run, in_axes=axes, out_axes=(axes, None), donate_argnums=donated, **options)
