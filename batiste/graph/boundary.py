@@ -118,6 +118,8 @@ class Rules(Rule):
     def values(self):
         return self.labels
 
+    map_prefix = __call__
+
     def items(self):
         return zip(self.filters, self.labels)
 

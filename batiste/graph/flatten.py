@@ -417,7 +417,7 @@ class _Walk:
         entry = self.seen.get(id(x))
         if entry is not None:
             label = self.label_of(path, x)
-            if self.graph and label != entry[1] and label is not ANY:
+            if self.graph and label != entry[1] and label is not ANY and not self.same_root(entry[2], path):
                 raise inconsistent_error(x, [(entry[2], entry[1]), (path, label)])
             return self.met_again(x, path)
         if not isinstance(x, Variable):
@@ -427,6 +427,10 @@ class _Walk:
             return self.around_ref(x, x._raw_value, path)
         self.leaf(x, path, True)
         return VariableDef(VARIABLE, x.type, self.number(x, path, self.labels[-1]), frozen_metadata(x))
+
+    def same_root(self, first: Path, path: Path) -> bool:
+        """Whether two paths lie in one root: there a rule that goes by path speaks through the first of them."""
+        return self.rule is not None and first[: self.start] == path[: self.start]
 
     def around_ref(self, x: Variable, ref: Any, path: Path) -> VariableDef:
         """A Variable that holds a Ref, which other Variables may hold too."""

@@ -134,7 +134,9 @@ class Plan:
             self.all_order.append((g, counts[g]))
             counts[g] += 1
             if n < len(note.changed):
-                self.targets[g].append(self.leaves[note.changed[n]])  # type: ignore[arg-type]
+                target: Variable = self.leaves[note.changed[n]]  # type: ignore[assignment]
+                target._check_can_update()  # once for all calls: a plan stays at the trace level it was made at
+                self.targets[g].append(target)
         self.out_order = self.all_order[len(note.changed):]
         self.note = note
 

@@ -230,7 +230,10 @@ class Variable(Generic[A], metaclass=VariableMeta):
             value = _run_hooks(hooks, self, value)
         raw = self._raw_value
         if is_ref(raw):
-            raw[... if index is MISSING else index] = value
+            if index is MISSING:
+                raw[...] = value
+            else:
+                raw[index] = _fitted(value, raw, index)
             return
         self._check_can_update()
         if index is not MISSING and not (index is Ellipsis and _same_type(raw, value)):
@@ -519,6 +522,16 @@ def _is_arraylike(x) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, jax.ShapeDtypeStruct)
 
 
+def _fitted(value, ref, index):
+    """`value` broadcast and cast to the part of the Ref that it is written into, as `at[index].set` does."""
+    shape = ref.shape
+    if index is not Ellipsis:
+        shape = jax.eval_shape(lambda x: x[index], jax.ShapeDtypeStruct(shape, ref.dtype)).shape
+    if getattr(value, "dtype", None) != ref.dtype:
+        value = jnp.asarray(value, ref.dtype)
+    return value if value.shape == shape else jnp.broadcast_to(value, shape)
+
+
 def _as_ref(x):
     return x if is_ref(x) else jax.new_ref(jnp.asarray(x))
 
@@ -613,6 +626,7 @@ _VALUE_KEY = jax.tree_util.GetAttrKey("value")
 
 
 def _flatten(variable: Variable):
+    _last_flattened[0] = variable._trace_state
     if variable._home is not None:
         variable._home.delivered()
     return (variable._raw_value,), frozen_metadata(variable)
@@ -626,7 +640,8 @@ def _flatten_with_keys(variable: Variable):
 def _register_pytree(cls: type) -> None:
     def unflatten(frozen: Frozen, children):
         variable = cls._new(children[0], dict(frozen.items), frozen)
-        if variable._trace_state != _AT_REST:  # inside some transform: a copy, whose updates may be lost
+        trace = variable._trace_state
+        if trace != _AT_REST and trace != _last_flattened[0]:  # it came into a transform as a copy, and may not go back
             object.__setattr__(variable, "_home", Home(cls.__name__))
         return variable
 
@@ -634,6 +649,7 @@ def _register_pytree(cls: type) -> None:
 
 
 _AT_REST = current_trace()
+_last_flattened: list[Any] = [_AT_REST]  # the trace level of the Variable that was flattened last
 
 
 class Home:

@@ -64,7 +64,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 # Modules that are attributes under the names that Flax gives them.
 _MODULES = {
-    "bridge": "batiste.nnx.bridge", "compat": "batiste.nnx.compat", "extract": "batiste.nnx.extract",
+    "compat": "batiste.nnx.compat", "extract": "batiste.nnx.extract",
     "filterlib": "batiste.nnx.filterlib", "graph": "batiste.nnx.graphlib", "graphlib": "batiste.nnx.graphlib",
     "helpers": "batiste.nnx.helpers", "metrics": "batiste.training.metrics", "module": "batiste.nnx.module",
     "nn": "batiste.nnx.nn", "object": "batiste.nnx.pytreelib", "optimizer": "batiste.training.optimizer",

@@ -151,3 +151,18 @@ def test_an_update_that_is_returned_is_not_lost(name):
         FOREIGN[name](lambda m, x: (m(x), nnx.state(m)), Counter())
         FOREIGN[name](lambda m, x: m.inner.weight * x, Counter())
         gc.collect()
+
+
+def test_a_copy_made_inside_a_transform_may_be_written_and_dropped():
+    m = Counter()
+
+    @nnx.jit
+    def f(m):
+        scratch = jax.tree.map(lambda x: x, m)
+        return scratch(1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f(m)
+        gc.collect()
+    assert float(m.inner.count[...]) == 0

@@ -344,3 +344,26 @@ def test_objects_inside_argument_trees():
     assert int(layers["b"][0].count[...]) == 2
     f({"a": layers["a"], "b": [Layer()]}, jnp.ones((1, 2)))
     assert int(layers["a"].count[...]) == 3
+
+
+def test_a_captured_object_is_not_written_by_a_jitted_function_of_it():
+    layer = Layer()
+    update = nnx.jit(lambda m: m.count.set_value(m.count + 1))
+
+    @jax.jit
+    def f(x):
+        update(layer)
+        return x
+
+    with pytest.raises(TraceContextError, match="Variable"):
+        f(1.0)
+    assert int(layer.count[...]) == 0
+    update(layer)
+    assert int(layer.count[...]) == 1
+
+
+def test_a_tied_weight_takes_the_label_of_its_first_path():
+    layer = Layer()
+    layer.tied = layer.kernel
+    grads = nnx.grad(lambda m: (m.kernel * m.tied).sum(), argnums=nnx.DiffState(0, nnx.PathContains("kernel")))(layer)
+    np.testing.assert_array_equal(grads["kernel"][...], 2 * layer.kernel[...])
