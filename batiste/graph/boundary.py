@@ -435,6 +435,15 @@ class Boundary:
         assert note is not None
         return write_back(note, ungroup(self.labels, groups, note.labels), self.flat.leaves, self.flat.objects)
 
+    def leave_aside(self, groups: Sequence[Sequence[Any]], note: Note | None = None) -> Any:
+        """Like `leave`, but writes into copies of the objects: what came back are no values."""
+        note = note or self.crossing.note
+        assert note is not None
+        values = self.flat.values()
+        objects = self.crossing.open(values)[1].objects
+        leaves = [x if n is None else objects[n] for x, n in zip(values, self.crossing.numbers)]
+        return write_back(note, ungroup(self.labels, groups, note.labels), leaves, objects)
+
 
 def write_back(note: Note, values: Sequence[Any], leaves: Sequence[Any], objects: Mapping[int, Any]) -> Any:
     """Writes what came back into the live `leaves` and `objects`; returns the function's result."""

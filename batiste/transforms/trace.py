@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import checkify as jax_checkify
 
-from batiste.graph.boundary import Boundary, Crossing, Mode, ungroup, write_back
+from batiste.graph.boundary import Boundary, Crossing, Mode
 from batiste.graph.errors import ArgumentError
 from batiste.graph.flatten import ANY, flatten_graph
 from batiste.graph.variable import MISSING, Variable
@@ -43,12 +43,7 @@ def eval_shape(
     refuse_sharing(xs, mode)
     boundary = Boundary(call, mode, keep=lambda label: True)
     entry = boundary.enter(xs)
-    crossing = boundary.crossing
-    groups, note = jax.eval_shape(_run(f, crossing), *entry)
-    values = boundary.flat.values()
-    objects = crossing.open(values)[1].objects  # what came back is written into copies
-    leaves = [x if n is None else objects[n] for x, n in zip(values, crossing.numbers)]
-    out = write_back(note, ungroup(crossing.labels, groups, note.labels), leaves, objects)
+    out = boundary.leave_aside(*jax.eval_shape(_run(f, boundary.crossing), *entry))
     for x in flatten_graph(out).leaves:
         if isinstance(x, Variable) and not (x.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()).empty:
             x.set_raw_value(sharded_struct(x).get_raw_value())

@@ -191,7 +191,7 @@ def test_an_immutable_box_is_differentiated_as_a_value():
         np.testing.assert_array_equal(found[...], [0, 2, 4])
     made = jax.grad(lambda x: (nnx.with_vars(nnx.Param(x), hijax=True, mutable=False)[...] ** 2).sum())(jnp.ones(2))
     np.testing.assert_array_equal(made, [2, 2])
-    twice = jax.grad(lambda v: ((v[...] * v[...]).sum() + v[...].sum()))(v)  # two cotangents are added up
+    twice = jax.grad(lambda v: (v[...] * v[...]).sum() + v[...].sum())(v)  # two cotangents are added up
     np.testing.assert_array_equal(twice[...], [1, 3, 5])
 
 

@@ -146,7 +146,9 @@ def test_defaults_are_set_at_once_for_a_block_and_for_a_function():
 
 def test_defaults_are_a_mapping_of_this_thread_and_begin_with_the_flag():
     defaults = nnx.var_defaults()
-    assert dict(**defaults) == {"hijax": False, "ref": False} and list(defaults) == ["hijax", "ref"] and len(defaults) == 2
+    assert (
+        dict(**defaults) == {"hijax": False, "ref": False} and list(defaults) == ["hijax", "ref"] and len(defaults) == 2
+    )
     assert defaults.ref is defaults["ref"] and repr(defaults) == "VarDefaults(hijax=False, ref=False)"
     with pytest.raises(KeyError):
         defaults["color"]
