@@ -18,6 +18,7 @@ from batiste.graph.errors import ArgumentError, StructureError
 from batiste.graph.flatten import GraphDef, flatten_graph, unflatten_graph
 from batiste.graph.variable import Epoch
 
+from .compare import difference
 from .compile import JitWrapped, Stage
 
 
@@ -54,9 +55,9 @@ def cached_partial(f: Callable[..., Any], *cached_args: Any, graph: bool | None 
                 args = unflatten_graph(structure.root, leaves)[0]
                 raise StructureError(
                     "The graph structure of a node added to cached_partial was mutated inside the transformation, "
-                    "this is not allowed", got=found, expected=structure,
+                    f"this is not allowed: {difference(structure.root, found.root, ('argument',))}",
                     fix="undo the change before the function returns, or call it without cached_partial",
-                )  # fmt: skip
+                )
             epoch = Epoch.now
         return out
 

@@ -24,12 +24,13 @@ def structure_difference(old: Walked, new: Walked, start: str) -> str:
         return f"{start}: {old.treedef} became {new.treedef}"
     tree = jax.tree.unflatten(old.treedef, range(len(old.defs)))
     for keys, n in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if line := _difference(old.defs[n], new.defs[n], (start, *map(key_name, keys))):
+        if line := difference(old.defs[n], new.defs[n], (start, *map(key_name, keys))):
             return line
     return ""
 
 
-def _difference(a: Any, b: Any, path: Path) -> str:
+def difference(a: Any, b: Any, path: Path) -> str:
+    """One line about the first place where two descriptions differ; empty if there is none."""
     if a == b:
         return ""
     at = show_path(path)
@@ -44,7 +45,7 @@ def _difference(a: Any, b: Any, path: Path) -> str:
             gone, came = sorted(map(str, {*old} - {*new})), sorted(map(str, {*new} - {*old}))
             return f"{at}: {what}{', '.join([f'{x!r} is gone' for x in gone] + [f'{x!r} is new' for x in came])}"
     for key, x, y in zip(a.keys, a.children, b.children):
-        if line := _difference(x, y, (*path, key)):
+        if line := difference(x, y, (*path, key)):
             return line
     if a[0] == OBJECT and a.settings != b.settings:
         old, new = (dict(zip(d.settings.names, d.settings.values)) for d in (a, b))

@@ -280,5 +280,5 @@ def test_a_tree_has_no_opaque_objects():
     m = nnx.Dict(inside=Opaque())
     for f in (nnx.flatten, nnx.split, nnx.state, lambda m, graph: list(nnx.iter_graph(m, graph=graph))):
         f(m, graph=True)
-        with pytest.raises(ValueError, match="pytree=False.*Found at path"):
+        with pytest.raises(ValueError, match=r"pytree=False.*Found at path"):
             f(m, graph=False)
