@@ -58,11 +58,14 @@ def _rebuild(cls, args, state):
     return error
 
 
-class ShapeError(BatisteError, ValueError):
-    """An array has another shape than the layer or the variable needs."""
+class ShapeError(BatisteError, ValueError, TypeError):
+    """An array has another shape than the layer or the variable needs.
+
+    Also a TypeError, which is what JAX raises when the operands of an operation do not fit.
+    """
 
 
-class DtypeError(BatisteError, TypeError):
+class DtypeError(BatisteError, TypeError, ValueError):
     """An array has a dtype that the operation cannot take."""
 
 
