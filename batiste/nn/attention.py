@@ -159,7 +159,7 @@ class MultiHeadAttention(Module):
             kernel_metadata=out_kernel_metadata or kernel_metadata,
             bias_metadata=out_bias_metadata or bias_metadata,
         )
-        self.rngs = data(forked_stream(self, rngs, "dropout") if keep_rngs and dropout_rate > 0 else None)
+        self.rngs = forked_stream(self, rngs, "dropout") if keep_rngs and dropout_rate > 0 else None
         self.cached_key = data(None)
         self.cached_value = data(None)
         self.cache_index = data(None)

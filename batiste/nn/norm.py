@@ -480,8 +480,8 @@ class InstanceNorm(Module):
     ):
         check_sizes(self, num_features=num_features)
         stream, shape = params_stream(self, rngs), (num_features,)
-        self.scale = data(make(Param, scale_init, shape, param_dtype, stream, scale_metadata) if use_scale else None)
-        self.bias = data(make(Param, bias_init, shape, param_dtype, stream, bias_metadata) if use_bias else None)
+        self.scale = make(Param, scale_init, shape, param_dtype, stream, scale_metadata) if use_scale else None
+        self.bias = make(Param, bias_init, shape, param_dtype, stream, bias_metadata) if use_bias else None
         self.num_features = num_features
         self.epsilon = epsilon
         self.dtype = dtype

@@ -181,7 +181,7 @@ class WeightNorm(Module):
             # the default draws no key, so that the streams give what comes next the keys it would have had
             key = None if scale_init is initializers.ones else stream
             scales[path] = make(Param, scale_init, shape, param_dtype, key)
-        self.scales = data(scales if use_scale else None)
+        self.scales = data(scales) if use_scale else None
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Args:
