@@ -47,6 +47,10 @@ class StateAxes(Rules):
     def axes(self) -> tuple:
         return self.labels
 
+    def map_prefix(self, path: tuple, variable: Any) -> Any:
+        """The axis of one Variable."""
+        return self(path, variable)
+
 
 def prefix(node: Any, filter_map: Any, /, *, graph: bool | None = None) -> Any:
     """A copy of an object with a label (an axis, a sharding) in the place of each leaf, to stand in a prefix argument.

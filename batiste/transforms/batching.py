@@ -126,5 +126,7 @@ def _parallel(crossing: Crossing, options: dict[str, Any]) -> Callable:
         return out, crossing.note
 
     axes = tuple(way.sharding for way in crossing.labels)
+    # An axis per value: JAX takes a flat tuple of axes for one per leaf if there are as many leaves as groups.
+    in_axes = tuple([axis] * len(part) for axis, part in zip(axes, crossing.order))
     donated = tuple(n for n, way in enumerate(crossing.labels) if way.donated)
-    return jax.pmap(run, in_axes=axes, out_axes=(axes, None), donate_argnums=donated, **options)
+    return jax.pmap(run, in_axes=in_axes, out_axes=(axes, None), donate_argnums=donated, **options)

@@ -8,6 +8,7 @@ written back into the same objects. What else a loop takes is read (axis None), 
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from batiste.graph.variable import MISSING, LostUpdateWarning, Variable
 
 from .axes import NO_METADATA, Carry, bound_to_axes, check_function, check_sizes, without_axis_names
 from .compare import argument, structure_difference, type_difference
+
+_log = logging.getLogger(__name__)
 
 Take = Callable[[Any], tuple[Any, Any]]  # splits what the function returns into the carry and the rest
 
@@ -84,7 +87,10 @@ class Turn:
         args, opened = crossing.open(before)
         given = None if self.at is None else self.walk(args[self.at])
         carry, rest = self.take(crossing.f(*extra, *args))
-        self.drop(opened, before, self.fixed, "is broadcast in (its axis is None)")
+        if lost := self.take_back(opened, before, self.fixed):
+            _log.warning("Updates are lost: nnx.%s writes Variables whose axis is None, so that each iteration finds "
+                         "them as they were. To let them go round, give them the axis nnx.Carry in StateAxes, or put "
+                         "them into the carry: %s", crossing.mode.name, ", ".join(lost))  # fmt: skip
         arrays: list[Any] = []
         if given is not None:
             arrays = self.check(given, args[self.at], carry)  # type: ignore[index]
@@ -154,24 +160,20 @@ class Turn:
                 fix="convert it (astype), or start with the type it will have",
             )  # fmt: skip
 
-    def drop(self, opened: Opened, before: list[Any], positions: Sequence[int], why: str) -> None:
-        """Takes back, with a warning, what was written into Variables that do not come back.
+    def take_back(self, opened: Opened, before: list[Any], positions: Sequence[int]) -> list[str]:
+        """Undoes what was written into Variables that do not come back; names them.
 
-        Without one for random streams: to be broadcast means that each iteration draws the same numbers.
+        Random streams are undone without a word: to share one means that each iteration draws the same numbers.
         """
-        crossing = self.crossing
+        lost = []
         for n in positions:
-            x = None if crossing.numbers[n] is None else opened.objects[crossing.numbers[n]]
+            index = self.crossing.numbers[n]
+            x = None if index is None else opened.objects[index]
             if isinstance(x, Variable) and x._raw_value is not before[n]:
                 x._raw_value = before[n]
-                if isinstance(x, RngState):
-                    continue
-                warnings.warn(
-                    f"an update of the {type(x).__name__} at {argument(crossing.paths[n])} was lost: it {why} "
-                    f"nnx.{crossing.mode.name}, where each iteration finds it as it was before.\n  Fix: let it go "
-                    "round, with StateAxes({kind: nnx.Carry, ...: None}), or take it into the carry.",
-                    LostUpdateWarning, stacklevel=2,
-                )  # fmt: skip
+                if not isinstance(x, RngState):
+                    lost.append(f"{type(x).__name__} at {argument(self.crossing.paths[n])}")
+        return lost
 
 
 # ---------------------------------------------------------------- one call
@@ -231,6 +233,8 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
         in_axes, out_axes: prefixes of axes, of `Carry` for the one argument and result that go round, and of None for
             what each iteration sees whole. `StateAxes` or the result of `nnx.prefix` may stand for a module.
         transform_metadata: `{nnx.PARTITION_NAME: name}` takes the axis' name out of the Variables' metadata inside.
+
+    What is written into Variables with the axis None is dropped, and logged; with `graph_updates=False` it goes round.
 
     Raises:
         ArgumentError: the axes make no sense, for example Carry stands in one of `in_axes` and `out_axes` alone.
@@ -368,7 +372,11 @@ def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], i
         before = turn.before(carry, ())
         args, opened = turn.crossing.open(before)
         answer = cond_fun(*args)
-        turn.drop(opened, before, turn.carried, "was written by the condition of")
+        if lost := turn.take_back(opened, before, turn.carried):
+            warnings.warn(
+                "Updates are lost: the condition of nnx.while_loop writes Variables, but only the body hands them on.\n"
+                f"  Fix: write them in the body: {', '.join(lost)}.", LostUpdateWarning, stacklevel=2,
+            )  # fmt: skip
         return answer.get_value() if isinstance(answer, Variable) else answer
 
     carry = jax.lax.while_loop(goes_on, lambda carry: turn.go(turn.before(carry, ()))[0], loop.values(turn.carried))
