@@ -2,8 +2,9 @@
 """The errors of the library: what happened, where in the model, got and expected, and the one fix.
 
     BatisteError
-    ├── ShapeError, ArgumentError, RngError, AliasError, StructureError    (also ValueError)
-    ├── DtypeError, FilterError, StaticError, CallError                     (also TypeError)
+    ├── ArgumentError, RngError, AliasError, StructureError                 (also ValueError)
+    ├── ShapeError, DtypeError                                              (also ValueError and TypeError)
+    ├── FilterError, StaticError, CallError                                 (also TypeError)
     ├── CarryError, BranchError                                             (StructureErrors, also TypeError)
     ├── AutodiffError, MissingRuleError                                     (ArgumentErrors, also TypeError)
     ├── TraceContextError, CapturedError                                    (the latter also ValueError)
@@ -145,4 +146,4 @@ def locate(at: Any) -> str:
             path = find(candidates, at)
             if path is not None:
                 return path
-    return type(at).__name__
+    return ""  # it is the root, or nobody holds it
