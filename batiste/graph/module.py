@@ -53,10 +53,10 @@ def _kind(variable_type: type[Variable] | str) -> type[Variable]:
 class Module(Pytree):
     """Base class of layers and models.
 
-    >>> import jax
+    >>> from batiste.graph.variable import Param
     >>> class Scale(Module):
     ...     def __init__(self, rngs=None):
-    ...         self.scale = Param(jax.numpy.ones(()))
+    ...         self.scale = Param(jnp.ones(()))
     ...     def __call__(self, x):
     ...         return x * self.scale
     >>> float(Scale()(3.0))
