@@ -76,7 +76,7 @@ def dot_product_attention(
         Dao et al. 2022, "FlashAttention", section 3.1 (for the division after the product).
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    _check_shapes(module, query, key, value)
+    check_shapes(module, query, key, value)
     keep = _kept(module, query, key, broadcast_dropout, dropout_rng, 0.0 if deterministic else dropout_rate)
     q, k, v = (jnp.swapaxes(x, -2, -3) for x in (query, key, value))
     bias, mask = with_rank(bias, q.ndim), with_rank(mask, q.ndim)
@@ -119,7 +119,7 @@ def dot_product_attention_weights(
     Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
     query, key = promote_dtype((query, key), dtype=dtype)
-    _check_shapes(module, query, key, key)
+    check_shapes(module, query, key, key)
     keep = _kept(module, query, key, broadcast_dropout, dropout_rng, 0.0 if deterministic else dropout_rate)
     q, k = jnp.swapaxes(query, -2, -3), jnp.swapaxes(key, -2, -3)
     mask = _with_causal(with_rank(mask, q.ndim), is_causal, q, k)
@@ -234,7 +234,8 @@ def _recorded(module: Module | None, weights: Array, dtype: DTypeLike) -> Array:
     return weights
 
 
-def _check_shapes(module: Any, query: Array, key: Array, value: Array) -> None:
+def check_shapes(module: Any, query: Array, key: Array, value: Array) -> None:
+    """Raises a ShapeError unless queries, keys and values fit together."""
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
 
     def check(fits: bool, problem: str, expected: str, fix: str) -> None:

@@ -19,7 +19,7 @@ from batiste.graph.errors import ArgumentError, RngError, ShapeError
 from batiste.precision import promote_dtype
 
 from . import initializers
-from .attend import combine_masks, dot_product_attention, with_rank
+from .attend import check_shapes, combine_masks, dot_product_attention, with_rank
 from .checks import check_last_dim, check_sizes, decided
 from .initializers import Initializer
 from .linear import NO_METADATA, LinearGeneral, default_bias_init, default_kernel_init
@@ -209,9 +209,15 @@ class MultiHeadAttention(Module):
         if inputs_v is None:
             inputs_v = inputs_k
         if jnp.ndim(inputs_q) < 2 or inputs_q.shape[-1] != self.in_features:
-            raise ShapeError(f"Incompatible input dimension: {type(self).__name__} got wrong queries", at=self,
-                             got=jnp.shape(inputs_q), expected=f"(..., length, {self.in_features})",
-                             fix="build it with in_features equal to the last dim of the input")  # fmt: skip
+            raise ShapeError(
+                f"Incompatible input dimension: {type(self).__name__} got wrong queries",
+                at=self,
+                got=jnp.shape(inputs_q),
+                expected=f"(..., length, {self.in_features})",
+                fix=f"build it with in_features={inputs_q.shape[-1]}"
+                if jnp.ndim(inputs_q) > 1
+                else "add the missing dims",
+            )
         for inputs in (inputs_k, inputs_v):
             check_last_dim(self, inputs, self.in_kv_features, "in_kv_features")
 
@@ -223,6 +229,9 @@ class MultiHeadAttention(Module):
         if decided(self, "decode", decode, self.decode):
             k, v, mask = self._remembered(q, k, v, mask)
             is_causal = False  # the mask of the cache says what has been seen
+
+        if self.attention_fn is dot_product_attention:
+            check_shapes(self, q, k, v)
 
         drop = self.dropout_rate > 0 and not decided(self, "deterministic", deterministic, self.deterministic)
         y = self.attention_fn(

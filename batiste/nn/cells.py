@@ -124,8 +124,11 @@ class Cell(RNNCellBase):
         shape = (*input_shape[:-1], self.hidden_features)
         return [init(stream(), shape, self.param_dtype) for _ in range(count)]
 
-    def _check(self, inputs: Array, *states: Array) -> None:
+    def check(self, carry: Any, inputs: Any) -> None:
         """Raises a ShapeError unless inputs and states are (B…, in_features) and (B…, hidden_features)."""
+        self._check(inputs, carry)
+
+    def _check(self, inputs: Any, *states: Array) -> None:
         check_last_dim(self, inputs, self.in_features, "in_features")
         for state in states:
             shape = jnp.shape(state)
@@ -151,6 +154,9 @@ class _LSTM(Cell):
         """The first carry (c, h), zeros by default; see `RNNCellBase`."""
         c, h = self._first(2, input_shape, rngs, carry_init)
         return c, h
+
+    def check(self, carry: Any, inputs: Any) -> None:
+        self._unpack(carry, inputs)
 
     def _unpack(self, carry: Any, inputs: Array) -> tuple[Array, Array]:
         try:
@@ -361,7 +367,7 @@ class GRUCell(Cell):
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """One step: (h', h')."""
         h = carry
-        self._check(inputs, h)
+        self.check(h, inputs)
         r_i, z_i, n_i = jnp.split(self.dense_i(inputs), 3, axis=-1)
         r_h, z_h, n_h = jnp.split(self.dense_h(h), 3, axis=-1)
         r, z = self.gate_fn(r_i + r_h), self.gate_fn(z_i + z_h)
@@ -433,7 +439,7 @@ class SimpleCell(Cell):
 
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """One step: (h', h')."""
-        self._check(inputs, carry)
+        self.check(carry, inputs)
         h = self.dense_i(inputs) + self.dense_h(carry)
         h = self.activation_fn(h + carry if self.residual else h)
         return h, h

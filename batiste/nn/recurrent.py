@@ -18,7 +18,7 @@ from batiste.graph.restream import split_rngs
 from batiste.transforms.axes import Carry, StateAxes
 from batiste.transforms.loops import scan
 
-from .cells import RNNCellBase, carry_stream
+from .cells import Cell, RNNCellBase, carry_stream
 from .stochastic import RngTypeError, forked_stream
 
 Lengths = Array | None
@@ -110,6 +110,8 @@ class RNN(Module):
         if initial_carry is None:
             stream = carry_stream(self, self.rngs if rngs is None else rngs)
             initial_carry = self.cell.initialize_carry(step_shape, rngs=stream)
+        if isinstance(self.cell, Cell):  # here, where the model is known, and not in the loop
+            self.cell.check(initial_carry, jax.ShapeDtypeStruct(step_shape, inputs.dtype))
 
         if reverse and seq_lengths is not None:
             inputs = flip_sequences(inputs, seq_lengths, num_batch_dims, time_major)
