@@ -264,6 +264,14 @@ class Note:
         self.labels: tuple = labels  # of all that comes back, in order
         self.plain = args is None and not metadata and all(d is PLAIN for d in out.defs)
 
+    def __eq__(self, other):
+        return self is other or (
+            isinstance(other, Note) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+        )
+
+    def __hash__(self):
+        return hash((self.changed, self.labels))
+
 
 SENT, KEPT = "sent", "kept"
 
@@ -350,9 +358,9 @@ class Crossing:
         return group(self.labels, values, labels)
 
     def value_of_new(self, x: Any, path: Path) -> Any:
-        """What is sent of a new leaf: a `jax.Ref` or hijax box of a Variable stays inside, its value travels."""
+        """What is sent of a new leaf: a `jax.Ref` or a hijax box stays inside, its value travels."""
         if not isinstance(x, Variable):
-            return x
+            return x[...] if is_ref(x) else x
         if x._trace_state != current_trace():
             raise CapturedError(
                 f"Cannot return captured Variable of type {x.type.__name__} from nnx.{self.mode.name}: Cannot extract graph "

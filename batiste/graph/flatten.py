@@ -639,6 +639,8 @@ class _Build:
             return self.met(d.index)
         old = self.reuse.get(d.index) if self.reuse else None
         x = next(self.leaves)
+        if isinstance(x, jax.Array) and not is_ref(x):  # a new Ref came out of a transform by its value
+            x = jax.new_ref(x)
         self.objects[d.index] = x = old if x is UNCHANGED else x
         return x
 
