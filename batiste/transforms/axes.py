@@ -23,7 +23,7 @@ from batiste.graph.walk import node_items, recursive_map
 from batiste.sharding import PARTITION_NAME, add_axis, remove_axis
 
 from .arguments import bound, by_position
-from .compare import argument
+from .compare import place
 from .compile import refuse_bound_method, refuse_rules
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -177,10 +177,10 @@ def check_sizes(name: str, crossing: Crossing, leaves: Sequence[Any]) -> None:
         if len(shape) < least:
             raise ShapeError(
                 f"{name} was requested to map its argument along axis {axis}, which implies that its rank should be at "
-                f"least {least}, but is only {len(shape)} (its shape is {shape})", at=argument(path),
+                f"least {least}, but is only {len(shape)} (its shape is {shape})", at=place(path),
                 fix="give it the axis None",
             )  # fmt: skip
-        sizes.setdefault(shape[axis], []).append(f"axis {axis} of {argument(path)}, shape {shape}")
+        sizes.setdefault(shape[axis], []).append(f"axis {axis} of {place(path)}, shape {shape}")
     if len(sizes) > 1:
         lines = "".join(f"\n  size {n}: {'; '.join(who[:3])}{'; ...' * (len(who) > 3)}" for n, who in sizes.items())
         many = "values with different leading axis sizes"
@@ -199,9 +199,9 @@ def explain_batched(error: ValueError, crossing: Crossing) -> Exception:
         return error
     label = crossing.labels[int(found[1])]
     path = [path for path, other in zip(crossing.sent, note.labels) if other == label][int(found[2])]
-    where = "/".join(map(repr, path)) if path[:1] == ("out",) else f"argument {'/'.join(map(repr, path))}"
+    path = tuple(map(repr, path)) if path[:1] != ("out",) else ("out", *map(repr, path[1:]))
     return ArgumentError(
-        f"at {crossing.mode.name}, {where}: got axis spec None but output was batched on axis {found[3]}",
+        f"at {crossing.mode.name}, {place(path)}: got axis spec None but output was batched on axis {found[3]}",
         fix="give it an axis in in_axes and out_axes (StateAxes, nnx.prefix), or reduce it over the axis before it is "
         "written or returned (jax.lax.pmean)",
     )  # fmt: skip

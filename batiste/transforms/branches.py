@@ -83,11 +83,11 @@ class Branches:
                 f"{self.mode.name} branch outputs must have the same pytree structure, but they differ: {who}: "
                 f"{detail}", fix="set the same attributes in both, and return the same structure of the same objects",
             )  # fmt: skip
-        found = type_difference(crossing.sent, theirs, values) and type_difference(crossing.sent, values, theirs)
+        found = type_difference(crossing.sent, theirs, values)
         if found:
             raise BranchError(
                 f"{self.mode.name} branches must have equal output types but they differ: {who}", at=found[0],
-                got=f"{found[2]} and {found[1]}", fix="convert one of them (astype, reshape)",
+                got=f"{found[1]} and {found[2]}", fix="convert one of them (astype, reshape)",
             )  # fmt: skip
 
     def name(self, n: int) -> str:

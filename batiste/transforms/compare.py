@@ -13,9 +13,9 @@ from batiste.graph.flatten import LEAF, OBJECT, REF, STATIC, TREE, VARIABLE, Pat
 from batiste.graph.jaxcompat import key_name
 
 
-def argument(path: Path) -> str:
-    """How an error message names a part of the arguments."""
-    return f"argument {show_path(path)}"
+def place(path: Path) -> str:
+    """How an error message names a part of the arguments or of the result."""
+    return show_path(("result", *path[1:])) if path[:1] == ("out",) else f"argument {show_path(path)}"
 
 
 def structure_difference(old: Walked, new: Walked, start: str) -> str:
@@ -69,16 +69,21 @@ def _describe(d: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def type_difference(paths: Iterable[Path], old: Iterable[Any], new: Iterable[Any]) -> tuple[str, str, str] | None:
-    """`(path, type, other type)` of the first pair of values that JAX cannot take for one another."""
+def type_difference(paths: Iterable[Path], old: Iterable[Any], new: Iterable[Any], *,
+                    weak: bool = False) -> tuple[str, str, str] | None:  # fmt: skip
+    """`(place, type, other type)` of the first pair of values that JAX cannot take for one another.
+
+    Args:
+        weak: a weakly typed old value may take the dtype of the new one.
+    """
     for path, x, y in zip(paths, old, new):
         a, b = jax.tree.map(jax.typeof, x), jax.tree.map(jax.typeof, y)
         if jax.tree.structure(a) != jax.tree.structure(b):
-            return argument(path), f"{jax.tree.structure(a)}", f"{jax.tree.structure(b)}"
+            return place(path), f"{jax.tree.structure(a)}", f"{jax.tree.structure(b)}"
         for old_type, new_type in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-            weak = getattr(old_type, "weak_type", False)
+            free = weak and getattr(old_type, "weak_type", False)
             if getattr(old_type, "shape", 0) != getattr(new_type, "shape", 0) or (
-                not weak and getattr(old_type, "dtype", 0) != getattr(new_type, "dtype", 0)
+                not free and getattr(old_type, "dtype", 0) != getattr(new_type, "dtype", 0)
             ):
-                return argument(path), old_type.str_short(), new_type.str_short()
+                return place(path), old_type.str_short(), new_type.str_short()
     return None

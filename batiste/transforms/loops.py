@@ -36,7 +36,7 @@ from batiste.graph.rng import RngState
 from batiste.graph.variable import MISSING, LostUpdateWarning, Variable
 
 from .axes import NO_METADATA, Carry, bound_to_axes, check_function, check_sizes, without_axis_names
-from .compare import argument, structure_difference, type_difference
+from .compare import place, structure_difference, type_difference
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Turn:
 
     def check_types(self, before: list[Any], after: list[Any]) -> None:
         paths = [self.crossing.paths[n] for n in self.carried]
-        found = type_difference(paths, [before[n] for n in self.carried], after)
+        found = type_difference(paths, [before[n] for n in self.carried], after, weak=True)
         if found:
             raise CarryError(
                 f"{self.crossing.mode.name} body function carry input and carry output must have equal types, but they "
@@ -172,7 +172,7 @@ class Turn:
             if isinstance(x, Variable) and x._raw_value is not before[n]:
                 x._raw_value = before[n]
                 if not isinstance(x, RngState):
-                    lost.append(f"{type(x).__name__} at {argument(self.crossing.paths[n])}")
+                    lost.append(f"{type(x).__name__} at {place(self.crossing.paths[n])}")
         return lost
 
 
