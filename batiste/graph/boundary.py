@@ -191,7 +191,8 @@ def broadcast(prefix: Any, tree: Any, name: str, is_leaf: Callable[[Any], bool] 
         parts = structure.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
         raise ArgumentError(f"{name} does not fit the structure it speaks of", got=repr(prefix),
-                            expected=f"a prefix of {jax.tree.structure(tree, is_leaf=is_root)}") from error  # fmt: skip
+                            expected=f"a prefix of {jax.tree.structure(tree, is_leaf=is_root)}",
+                            fix="give one entry per part, or one for all of them") from error  # fmt: skip
     found: list[Any] = []
     for spec, part in zip(specs, parts):
         count = len(jax.tree.leaves(part, is_leaf=is_leaf))

@@ -314,7 +314,8 @@ def _carry_of(out_axes: Any) -> tuple[Callable, Callable, Any]:
         if not isinstance(out, tuple) or len(out) != len(out_axes):
             got = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
             raise StructureError("the result of a scanned function does not fit out_axes", got=got,
-                                 expected=f"a tuple of {len(out_axes)}, for out_axes={out_axes}")  # fmt: skip
+                                 expected=f"a tuple of {len(out_axes)}, for out_axes={out_axes}",
+                                 fix="return one value per entry of out_axes")  # fmt: skip
         return out[k], (*out[:k], *out[k + 1:])
 
     return take, lambda carry, rest: (*rest[:k], carry, *rest[k:]), (*out_axes[:k], *out_axes[k + 1:])
@@ -353,7 +354,8 @@ def _check_axes(in_axes: Any, out_axes: Any, mode: Mode) -> int | None:
                                     fix="give it an axis, or take the last one of the results")  # fmt: skip
     if bool(places[0]) != bool(places[1]):
         raise ArgumentError("If one of in_axes or out_axes has Carry, the other must also have Carry. "
-                            f"Got in_axes={in_axes}, out_axes={out_axes}")  # fmt: skip
+                            f"Got in_axes={in_axes}, out_axes={out_axes}",
+                            fix="mark both the argument and the result that go round")  # fmt: skip
     return places[0][0] if places[0] else None
 
 
