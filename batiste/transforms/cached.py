@@ -75,10 +75,10 @@ class JitPartial:
         return self.jitted(*self._all(args, kwargs), **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Stage:
-        return self.jitted.lower(*self._all(args, kwargs), **kwargs)
+        return self.jitted.lower(*self._all(args, kwargs), **kwargs).with_fixed(*self.partial_args)
 
     def trace(self, *args: Any, **kwargs: Any) -> Stage:
-        return self.jitted.trace(*self._all(args, kwargs), **kwargs)
+        return self.jitted.trace(*self._all(args, kwargs), **kwargs).with_fixed(*self.partial_args)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         return self.jitted.eval_shape(*self._all(args, kwargs), **kwargs)

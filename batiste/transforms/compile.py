@@ -278,18 +278,22 @@ class JitWrapped:
 class Stage:
     """One of JAX's stages (traced, lowered, compiled) of a function of live objects; attributes are the stage's own."""
 
-    def __init__(self, stage: Any, owner: JitWrapped):
-        self._stage, self._owner = stage, owner
+    def __init__(self, stage: Any, owner: JitWrapped, fixed: tuple = ()):
+        self._stage, self._owner, self._fixed = stage, owner, fixed  # fixed: first arguments of every call
 
     def lower(self, *args, **kwargs) -> Stage:
-        return Stage(self._stage.lower(*args, **kwargs), self._owner)
+        return Stage(self._stage.lower(*args, **kwargs), self._owner, self._fixed)
 
     def compile(self, *args, **kwargs) -> Stage:
-        return Stage(self._stage.compile(*args, **kwargs), self._owner)
+        return Stage(self._stage.compile(*args, **kwargs), self._owner, self._fixed)
+
+    def with_fixed(self, *args: Any) -> Stage:
+        """The same stage, to be called without its first arguments, which are these."""
+        return Stage(self._stage, self._owner, args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner
-        args, kwargs, static = owner.arguments.cut(args, kwargs)
+        args, kwargs, static = owner.arguments.cut((*self._fixed, *args), kwargs)
         boundary, groups = owner.enter(args, kwargs, static)
         out, note = self._stage(*groups)
         return boundary.leave(out, note)

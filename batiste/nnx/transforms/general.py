@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bound methods and the like, under Flax's name."""
+"""Lifting transforms by hand, under Flax's name."""
 
 from batiste.transforms.compile import refuse_bound_method  # noqa: F401
+from batiste.transforms.halves import merge_inputs, split_inputs  # noqa: F401
