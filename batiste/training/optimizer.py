@@ -54,10 +54,18 @@ def is_variable(x: Any) -> bool:
 
 
 def to_opt_state(tree: Any) -> Any:
-    """The tree with an `OptVariable` in the place of each Variable, and an `OptArray` in that of each other leaf."""
+    """The tree with an `OptVariable` in the place of each Variable, and an `OptArray` in that of each other leaf.
+
+    The metadata `optimizer_sharding` of a parameter says where its optimizer state lives, if that is somewhere else.
+    """
 
     def convert(x: Any) -> OptState:
-        return OptVariable(x.get_value(), **x.get_metadata()) if is_variable(x) else OptArray(x)
+        if not is_variable(x):
+            return OptArray(x)
+        metadata = x.get_metadata()
+        if "optimizer_sharding" in metadata:
+            metadata["out_sharding"] = metadata.pop("optimizer_sharding")
+        return OptVariable(x.get_value(), **metadata)
 
     return jax.tree.map(convert, tree, is_leaf=is_variable)
 
