@@ -66,7 +66,7 @@ def prefix(node: Any, filter_map: Any, /, *, graph: bool | None = None) -> Any:
     >>> prefix({"a": nnx.Param(1.0), "b": nnx.BatchStat(2.0)}, {nnx.Param: 0, ...: None})
     {'a': 0, 'b': None}
     """
-    choose = filter_map if callable(filter_map) and not isinstance(filter_map, Rules) else Rules(filter_map)
+    choose: Callable = filter_map if callable(filter_map) else Rules(filter_map)
 
     def label(path: tuple, x: Any) -> Any:
         inner = not isinstance(x, Variable) and (x is None or isinstance(x, Pytree) or node_items(x) is not None)

@@ -53,7 +53,7 @@ def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Ha
     mode = Mode.of("vmap", graph, graph_updates)
     check_function(f, mode, in_axes, out_axes)
     metadata = transform_metadata if mode.live else NO_METADATA
-    options = dict(axis_name=axis_name, axis_size=axis_size, spmd_axis_name=spmd_axis_name)
+    options: dict[str, Any] = dict(axis_name=axis_name, axis_size=axis_size, spmd_axis_name=spmd_axis_name)
 
     @functools.wraps(f, updated=())
     def mapped(*args, **kwargs):
@@ -73,7 +73,7 @@ def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Ha
 
 
 def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 0, out_axes: Any = 0,
-         static_broadcasted_argnums: int | Iterable[int] = (), devices: Sequence[jax.Device] | None = None,
+         static_broadcasted_argnums: int | Iterable[int] = (), devices: Sequence[Any] | None = None,
          backend: str | None = None, axis_size: int | None = None, donate_argnums: int | Iterable[int] = (),
          transform_metadata: Mapping[str, Any] = NO_METADATA, graph: bool | None = None,
          graph_updates: bool | None = None) -> Any:  # fmt: skip
@@ -91,7 +91,7 @@ def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 
     mode = Mode.of("pmap", graph, graph_updates)
     check_function(f, mode, in_axes, out_axes)
     metadata = transform_metadata if mode.live else NO_METADATA
-    options = dict(axis_name=axis_name, devices=devices, backend=backend, axis_size=axis_size)
+    options: dict[str, Any] = dict(axis_name=axis_name, devices=devices, backend=backend, axis_size=axis_size)
     arguments = Arguments(f, static_broadcasted_argnums, None, donate_argnums, None)
     out_ways = jax.tree.map(lambda axis: _way(axis, False), out_axes, is_leaf=lambda x: x is None or is_root(x))
     programs: dict[Any, Callable] = {}

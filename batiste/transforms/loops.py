@@ -201,7 +201,7 @@ class Loop:
         boundary, turn = self.boundary, self.turn
         final = dict(zip(turn.carried, carry))
         labels = boundary.crossing.leaf_labels
-        groups: dict[Any, Sequence[Any]] = dict(zip(turn.axes, lanes))
+        groups: dict[Any, list[Any]] = {axis: list(lane) for axis, lane in zip(turn.axes, lanes)}
         for label in (Carry, None):
             groups[label] = [final[n] for n in turn.variables if labels[n] is label]
         groups[Carry] += [final[n] for n in turn.attributes] if turn.live else []
@@ -256,7 +256,7 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
     at = _check_axes(in_axes, out_axes, mode)
     take, put, rest_axes = _carry_of(out_axes)
     metadata = transform_metadata if mode.live else NO_METADATA
-    options = dict(length=length, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose)
+    options: dict[str, Any] = dict(length=length, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose)
     bodies: dict[Any, Callable] = {}
 
     @functools.wraps(f, updated=())
@@ -274,10 +274,7 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
         loop = Loop(call, mode, args, in_axes, rest_axes, at, take)
         turn = loop.turn
         check_sizes("scan", turn.crossing, loop.leaves)
-        key = turn.crossing.key()
-        body = bodies.get(key) if not turn.held else None
-        if body is None:
-            body = bodies[key] = _body(turn)
+        body = _body(turn) if turn.held else bodies.setdefault(turn.crossing.key(), _body(turn))
         lanes = [_move(loop.values(lane), axis, 0) for axis, lane in zip(turn.axes, turn.lanes)]
         start = loop.values(turn.carried), loop.values(turn.fixed)
         (carry, _), (lanes, note) = jax.lax.scan(body, start, lanes, **options)

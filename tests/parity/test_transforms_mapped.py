@@ -71,9 +71,9 @@ def test_the_same_values_and_states(scenario, mode):
 
 
 @pytest.mark.parametrize(("scenario", "mode", "words"), ERRORS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_same_errors(scenario, mode, words):
-    with pytest.raises((ValueError, TypeError)) as theirs, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises((ValueError, TypeError)) as theirs:
         scenario(flax_nnx, MODES[mode])
     with pytest.raises(type(theirs.value)) as ours:
         scenario(batiste_nnx, MODES[mode])
