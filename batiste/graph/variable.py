@@ -514,8 +514,8 @@ _hooks_of: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDict
 
 def _same_type(old, new) -> bool:
     """Whether a whole-value write may simply replace the array: it would neither broadcast nor cast."""
-    return (isinstance(old, jax.Array) and isinstance(new, jax.Array) and old.shape == new.shape and old.dtype == new.dtype
-            and old.weak_type == new.weak_type and not is_ref(new))  # fmt: skip
+    arrays = isinstance(old, jax.Array) and isinstance(new, jax.Array)
+    return arrays and old.shape == new.shape and old.dtype == new.dtype and not is_ref(new)
 
 
 def _is_arraylike(x) -> bool:
