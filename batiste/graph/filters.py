@@ -42,7 +42,7 @@ def to_predicate(filter: Filter) -> Predicate:
     if filter is None:
         return Nothing()
     if callable(filter):
-        return filter
+        return filter  # type: ignore[return-value]
     if isinstance(filter, (list, tuple)):
         return Any(*filter)
     raise FilterError("Invalid collection filter", got=repr(filter),

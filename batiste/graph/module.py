@@ -130,8 +130,8 @@ class Module(Pytree):
                       DeprecationWarning, stacklevel=2)  # fmt: skip
         return iter_modules(self)
 
-    def iter_children(self) -> Iterator[tuple[Any, Module]]:
-        """The direct children that are modules, as `(key, module)`."""
+    def iter_children(self) -> Iterator[tuple[Any, Pytree]]:
+        """The direct children that are objects, not Variables, as `(key, object)`."""
         warnings.warn("The 'm.iter_children()' method is deprecated, use the 'nnx.iter_children(m)' function instead.",
                       DeprecationWarning, stacklevel=2)  # fmt: skip
         return iter_module_children(self)
@@ -255,7 +255,7 @@ class List(Module, MutableSequence[A]):
     def __eq__(self, other):
         return self is other or (isinstance(other, List) and len(self) == len(other) and all(a is b or bool(a == b) for a, b in zip(self, other)))
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __batiste_repr__(self) -> Layout:
         return Layout(type(self).__name__, list(enumerate(self)), ("([", "])"), "", counted=False)
@@ -293,7 +293,7 @@ class Dict(Module, MutableMapping[str, A]):
     def __eq__(self, other):
         return self is other or (isinstance(other, Dict) and self.__dict__ == other.__dict__)
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __batiste_repr__(self) -> Layout:
         return Layout(type(self).__name__, list(self.items()), ("({", "})"), ": ")

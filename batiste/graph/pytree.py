@@ -118,7 +118,7 @@ def _declared(cls: type) -> dict[str, bool]:
 class PytreeMeta(ABCMeta):
     """Runs `__init__` through `_pytree_meta_construct`, then checks that no data hides in static attributes."""
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls: Any, *args, **kwargs):
         self = cls.__new__(cls, *args, **kwargs)
         prepare(self, {})
         cls._pytree_meta_construct(self, *args, **kwargs)
@@ -195,7 +195,7 @@ class Pytree(metaclass=PytreeMeta):
         if isinstance(prop, property):
             object.__setattr__(self, name, value)
             return
-        nodes, attributes = self._pytree__nodes, self.__dict__
+        nodes, attributes = self._pytree__nodes, vars(self)
         explicit: bool | None = None
         wrapped = False
         if type(value) is dataclasses.Field and "nnx_value" in value.metadata and value.metadata["nnx_value"] is not MISSING:
@@ -263,7 +263,7 @@ class Pytree(metaclass=PytreeMeta):
     def __copy__(self):
         new = object.__new__(type(self))
         prepare(new, dict(self._pytree__nodes))
-        new.__dict__.update(self.__dict__)
+        vars(new).update(vars(self))
         return new
 
     def __getstate__(self):
@@ -272,7 +272,7 @@ class Pytree(metaclass=PytreeMeta):
     def __setstate__(self, state):
         state = dict(state)
         prepare(self, state.pop("_pytree__nodes", {}))
-        self.__dict__.update(state)
+        vars(self).update(state)
 
 
 _SCALARS = frozenset({int, float, bool, str, type(None), bytes, complex, type, type(lambda: None)})
@@ -373,8 +373,8 @@ def _unflatten(cls: type[Pytree], aux, children):
     self = object.__new__(cls)
     prepare(self, dict(nodes))
     children = list(children)
-    self.__dict__.update(zip(parts, children))
-    self.__dict__.update(zip(settings, values))
+    vars(self).update(zip(parts, children))
+    vars(self).update(zip(settings, values))
     home = None
     for name, child in zip(parts, children):
         inner = child._home if isinstance(child, (Variable, Pytree)) else None

@@ -393,7 +393,7 @@ def deep_copy(node: Pytree, memo: dict[int, Any]) -> Pytree:
         if isinstance(x, Pytree):
             for name, value in x.__dict__.items():
                 if type(value) in (list, dict, set) and not x._pytree__nodes.get(name):
-                    x.__dict__[name] = copy.deepcopy(value, memo)
+                    vars(x)[name] = copy.deepcopy(value, memo)
     return new
 
 

@@ -87,8 +87,9 @@ def unflatten_mapping(xs: Mapping | Iterable[tuple[Any, Any]], /, *, sep: str | 
     {'a': {'b': 1}}
     """
     nested: dict[Any, Any] = {}
-    for path, value in xs.items() if isinstance(xs, Mapping) else xs:
-        keys = path if sep is None else path.split(sep)
+    pairs: Iterable[tuple[Any, Any]] = xs.items() if isinstance(xs, Mapping) else xs
+    for path, value in pairs:
+        keys: Any = path if sep is None else path.split(sep)  # type: ignore[attr-defined]
         at = nested
         for key in keys[:-1]:
             at = at.setdefault(key, {})

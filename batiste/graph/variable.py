@@ -180,7 +180,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         if any(name in metadata for name in HOOKS):
             warnings.warn("Variable hooks are deprecated: make a Variable type of your own that overrides get_value and "
                           "set_value.", UserWarning, stacklevel=3)  # fmt: skip
-        value = self.create_value(value)
+        value = self.create_value(value)  # type: ignore[arg-type]
         if metadata["eager_sharding"] and metadata.get("out_sharding") is not None:
             value = place(value, metadata)
         if metadata["ref"]:
@@ -214,7 +214,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         if hooks:
             value = _run_hooks(hooks, self, value)
         if index is MISSING or (index is Ellipsis and isinstance(value, jax.Array)):
-            return value
+            return value  # type: ignore[return-value]
         return value[index]  # type: ignore[index]
 
     def set_value(self, value: A, *, index: Any = MISSING) -> None:
@@ -384,7 +384,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         metadata = dict(attributes)
         metadata.setdefault("eager_sharding", using_eager_sharding())
         if metadata["ref"] and not metadata["hijax"]:
-            value = _as_ref(value)
+            value = _as_ref(value)  # type: ignore[assignment]
         return cls._new(value, metadata)._in_its_form()
 
     def _in_its_form(self) -> Variable:
@@ -422,9 +422,9 @@ class Variable(Generic[A], metaclass=VariableMeta):
         """Takes over the value, and the metadata where they differ."""
         value = variable_state.get_raw_value()
         if is_ref(self._raw_value) and value is not self._raw_value:
-            self._raw_value[...] = value[...] if is_ref(value) else value
+            self._raw_value[...] = value[...] if is_ref(value) else value  # type: ignore[index]
         else:
-            self.set_raw_value(value[...] if is_ref(value) and not self.ref else value)
+            self.set_raw_value(value[...] if is_ref(value) and not self.ref else value)  # type: ignore[index]
         if variable_state._var_metadata != self._var_metadata:
             kept = {k: self._var_metadata[k] for k in REQUIRED if k in self._var_metadata}
             self._set_metadata({**variable_state._var_metadata, **kept})

@@ -130,7 +130,7 @@ def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | 
             done[id(x)] = new, path
             items = data_items(x) if as_graph else _items(x, path, False, "recursive_map")
             for key, value in items or ():
-                new.__dict__[str(key)] = visit(value, (*path, key))
+                vars(new)[str(key)] = visit(value, (*path, key))
         elif not is_graph_node(x) and (items := node_items(x)) is not None:
             children = [visit(value, (*path, key)) for key, value in items]
             if any(a is not b for a, (_, b) in zip(children, items)):
@@ -259,7 +259,8 @@ def _locate(candidates: list[Any], target: Any) -> str | None:
     for root in candidates:
         if not isinstance(root, Pytree) or root is target:
             continue
-        done, todo = {id(root)}, [((), root)]
+        done = {id(root)}
+        todo: list[tuple[Path, Pytree]] = [((), root)]
         while todo:
             path, x = todo.pop()
             for name, value in x.__dict__.items():

@@ -81,7 +81,6 @@ from batiste.graph.passing import MergeContext as MergeContext
 from batiste.graph.passing import NodeStates as NodeStates
 from batiste.graph.passing import SplitContext as SplitContext
 from batiste.graph.passing import UpdateContext as UpdateContext
-from batiste.graph.passing import call as call
 from batiste.graph.passing import current_update_context as current_update_context
 from batiste.graph.passing import flatten as flatten
 from batiste.graph.passing import from_tree as from_tree
@@ -101,6 +100,7 @@ from batiste.graph.rng import RngKey as RngKey
 from batiste.graph.rng import RngState as RngState
 from batiste.graph.rng import RngStream as RngStream
 from batiste.graph.rng import Rngs as Rngs
+from batiste.graph.split import call as call
 from batiste.graph.variable import LostUpdateWarning as LostUpdateWarning
 from batiste.graph.walk import vars_as as vars_as
 from batiste.graph.walk import with_vars as with_vars

@@ -24,8 +24,8 @@ def _predicate(only: Filter) -> Callable[[Any, Any], bool]:
     return to_predicate(... if only is None else only)
 
 
-def _view_method(module: Any) -> Callable | None:
-    return getattr(type(module), "set_view", None)
+def _view_method_of(cls: Any) -> Any:
+    return getattr(cls, "set_view", None)
 
 
 def view(node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **kwargs: Any) -> A:
@@ -38,7 +38,7 @@ def view(node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, gra
     """
     new, predicate, unused = clone(node, variables=False, graph=graph), _predicate(only), set(kwargs)
     for path, module in list(iter_modules(new, graph=graph)):
-        method = _view_method(module)
+        method = _view_method_of(type(module))
         if method is not None and predicate(path, module):
             taken = _options(method)
             given = kwargs if taken is None else {k: v for k, v in kwargs.items() if k in taken}
@@ -83,12 +83,12 @@ def with_attributes(node: A, /, *, only: Filter = ..., raise_if_not_found: bool 
 def view_info(node: Any, /, *, only: Filter = ..., graph: bool | None = None) -> str:
     """The options that `view` can set in an object, by class, with their documentation."""
     predicate = _predicate(only)
-    classes = {type(m) for path, m in iter_modules(node, graph=graph) if _view_method(m) is not None and predicate(path, m)}
+    classes = {type(m) for path, m in iter_modules(node, graph=graph) if _view_method_of(type(m)) is not None and predicate(path, m)}
     texts = []
     for cls in sorted(classes, key=lambda c: c.__qualname__):
-        docs = _documented(inspect.getdoc(cls.set_view) or "")
+        docs = _documented(inspect.getdoc(_view_method_of(cls)) or "")
         lines = [f"{cls.__qualname__}:"]
-        for name, parameter in list(inspect.signature(cls.set_view).parameters.items())[1:]:
+        for name, parameter in list(inspect.signature(_view_method_of(cls)).parameters.items())[1:]:
             if parameter.kind is parameter.VAR_KEYWORD:
                 continue
             kind = "" if parameter.annotation is parameter.empty else f": {inspect.formatannotation(parameter.annotation).strip(chr(39))}"
@@ -145,6 +145,8 @@ def capture(fn: Any, *var_types: type[Variable], init: State | None = None, meth
     (2.0,)
     """
 
+    call: Any = fn
+
     def captured(*args: Any, **kwargs: Any) -> Any:
         holder = fn if isinstance(fn, Pytree) else getattr(fn, "__self__", None)
         roots = [x for x in (holder, *args, *kwargs.values()) if isinstance(x, Pytree)]
@@ -154,7 +156,7 @@ def capture(fn: Any, *var_types: type[Variable], init: State | None = None, meth
                 modules.setdefault(id(module), (path, module))
         held = list(modules.values())
         before = [module.__dict__.get(CAPTURES) for _, module in held]
-        start: dict[tuple, dict[str, Any]] = {}
+        start: dict[tuple, dict[Any, Any]] = {}
         for path, x in to_flat_state(init) if init is not None else ():
             start.setdefault(path[:-1], {})[path[-1]] = x
         capturing.depth += 1
@@ -162,7 +164,7 @@ def capture(fn: Any, *var_types: type[Variable], init: State | None = None, meth
             for path, module in held:
                 setattr(module, CAPTURES, data(_boxes(var_types, start.get(path, {}))))
             with _recording([module for _, module in held], method_outputs):
-                result = fn(*args, **kwargs)
+                result = call(*args, **kwargs)
             states = _collect(held, var_types)
         finally:
             capturing.depth -= 1
