@@ -47,7 +47,7 @@ def test_plain_jax_transforms_take_modules(field):
 
 def test_optax_takes_modules_and_states(field):
     y = jnp.ones((4, 2))
-    loss = lambda m: (m(0.0, y) ** 2).mean()  # noqa: E731
+    loss = lambda m: (m(0.0, y) ** 2).mean()
     tx, model = optax.adamw(1e-2), field
     state = tx.init(model)
     before = loss(model)
@@ -88,7 +88,9 @@ def test_diffrax_integrates_and_differentiates_a_module(field):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), nnx.clone])
 def test_a_duplicate_is_equal_and_independent(duplicate):
-    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    model = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    )
     other = duplicate(model)
     assert nnx.graphdef(other) == nnx.graphdef(model)
     x = jnp.ones((4, 2))

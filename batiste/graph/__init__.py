@@ -1,17 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core: live objects, their structure, their state, and how they cross a JAX transform.
 
-    Variable, kind     a mutable value with metadata, and what it is for              variable
-    Module             an object whose attributes are parts or settings               pytree, module
-    GraphDef, State    the static half of an object, and `path -> value`              flatten, state
-    filter             a predicate (path, value), with a short spelling               filters
-    Boundary, Plan     the passage through one transform, and its memory              boundary, plan
-    Rngs               named random streams                                           rng
-    make               the birth of a variable                                        birth
+Variable, kind     a mutable value with metadata, and what it is for              variable
+Module             an object whose attributes are parts or settings               pytree, module
+GraphDef, State    the static half of an object, and `path -> value`              flatten, state
+filter             a predicate (path, value), with a short spelling               filters
+Boundary, Plan     the passage through one transform, and its memory              boundary, plan
+Rngs               named random streams                                           rng
+make               the birth of a variable                                        birth
 """
 
 from .birth import make
-from .filters import All, Any, Everything, Not, Nothing, OfType, PathContains, PathIn, WithTag, to_predicate, to_predicates
+from .filters import (
+    All,
+    Any,
+    Everything,
+    Not,
+    Nothing,
+    OfType,
+    PathContains,
+    PathIn,
+    WithTag,
+    to_predicate,
+    to_predicates,
+)
 from .flatten import GraphDef, flatten_graph, is_graph_node, unflatten_graph
 from .modes import graph_mode, graph_updates_mode, set_graph_mode, set_graph_updates
 from .module import Dict, List, Module, Sequential, first_from, iter_module_children, iter_modules

@@ -31,5 +31,3 @@ def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype:
                        fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
     key = None if stream is None else stream()
     return kind(init(key, shape, dtype), **metadata)
-
-

@@ -144,7 +144,9 @@ class Shaped(Rule):
         for length in range(len(path), -1, -1):
             if path[:length] in self.by_path:
                 return self.by_path[path[:length]]
-        raise ArgumentError("the prefix has no label for a leaf", at="/".join(map(str, path)), fix="make it with nnx.prefix")
+        raise ArgumentError(
+            "the prefix has no label for a leaf", at="/".join(map(str, path)), fix="make it with nnx.prefix"
+        )
 
     def __eq__(self, other):
         return isinstance(other, Shaped) and self.by_path == other.by_path
@@ -290,7 +292,9 @@ class Crossing:
         self.out_prefix, self.keep = out_prefix, keep
         self.leaf_labels, self.paths = tuple(flat.labels), flat.paths
         self.numbers = [flat.numbers.get(id(x)) for x in flat.leaves]
-        new = [label for spec in specs if isinstance(spec, Rule) for label in spec.labels]  # what is set inside may get them
+        new = [
+            label for spec in specs if isinstance(spec, Rule) for label in spec.labels
+        ]  # what is set inside may get them
         self.labels: tuple = tuple(dict.fromkeys([*labels, *flat.labels, *new, *labels_in(out_prefix)]))
         variable = flat.variables
         self.order = tuple([i for i in part if variable[i]] + [i for i in part if not variable[i]]
@@ -333,7 +337,9 @@ class Crossing:
             and (x._raw_value is not before[n] or (self.keep is not None and self.keep(self.leaf_labels[n])))
         )  # fmt: skip
         walk = _Walk(self.mode.graph, known=known, what=self.mode.name)
-        args, metadata = (self.walk_again(walk, opened.leaves), ()) if self.mode.live else (None, self.new_metadata(objects))
+        args, metadata = (
+            (self.walk_again(walk, opened.leaves), ()) if self.mode.live else (None, self.new_metadata(objects))
+        )
         behind = len(walk.leaves)
         walked = walk_tree(walk, out, broadcast(self.out_prefix, out, "out_axes"), ("out",))
         if not self.mode.live:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors of the library: what happened, where in the model, got and expected, and the one fix.
 
-    BatisteError
-    ├── ArgumentError, RngError, AliasError, StructureError                 (also ValueError)
-    ├── ShapeError, DtypeError                                              (also ValueError and TypeError)
-    ├── FilterError, StaticError, CallError                                 (also TypeError)
-    ├── CarryError, BranchError                                             (StructureErrors, also TypeError)
-    ├── AutodiffError, MissingRuleError                                     (ArgumentErrors, also TypeError)
-    ├── TraceContextError, CapturedError                                    (the latter also ValueError)
-    └── ImmutableVariableError
+BatisteError
+├── ArgumentError, RngError, AliasError, StructureError                 (also ValueError)
+├── ShapeError, DtypeError                                              (also ValueError and TypeError)
+├── FilterError, StaticError, CallError                                 (also TypeError)
+├── CarryError, BranchError                                             (StructureErrors, also TypeError)
+├── AutodiffError, MissingRuleError                                     (ArgumentErrors, also TypeError)
+├── TraceContextError, CapturedError                                    (the latter also ValueError)
+└── ImmutableVariableError
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class BatisteError(Exception):
         text = self.problem
         if self.path:
             text += f" at {self.path}"
-        details = [f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value is not None]
+        details = [
+            f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value is not None
+        ]
         if details:
             text += ": " + ", ".join(details)
         if not text.endswith((".", "\n")):

@@ -57,7 +57,9 @@ def to_predicates(filters: Sequence[Filter]) -> tuple[Predicate, ...]:
     """
     for index, filter in enumerate(filters):
         if _is_everything(filter) and not all(map(_is_everything, filters[index + 1 :])):
-            raise ValueError(f"`...` or `True` can only be used as the last filters, for they match everything: got {filter} at index {index}.")
+            raise ValueError(
+                f"`...` or `True` can only be used as the last filters, for they match everything: got {filter} at index {index}."
+            )
     return tuple(map(to_predicate, filters))
 
 

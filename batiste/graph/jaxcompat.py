@@ -6,8 +6,10 @@ from __future__ import annotations
 import functools
 
 import jax
-from jax._src.core import get_opaque_trace_state  # public in jax.extend.core, which takes 20 ms to import
-from jax._src.core import cur_qdd  # noqa: F401
+from jax._src.core import (
+    cur_qdd,  # noqa: F401
+    get_opaque_trace_state,  # public in jax.extend.core, which takes 20 ms to import
+)
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
 from jax._src.state.types import AbstractRef
 from jax.tree_util import default_registry

@@ -7,7 +7,7 @@ import inspect
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from .errors import ArgumentError
 from .filters import Filter, to_predicates
-from .pytree import Pytree, is_data
+from .pytree import Pytree
 from .represent import Layout
-from .variable import MISSING, Intermediate, Perturbation, Variable, variable_type_from_name
+from .variable import Intermediate, Perturbation, Variable, variable_type_from_name
 from .walk import iter_children, iter_graph
 
 A = TypeVar("A")
@@ -136,7 +136,9 @@ class Module(Pytree):
                       DeprecationWarning, stacklevel=2)  # fmt: skip
         return iter_module_children(self)
 
-    def set_attributes(self, *filters: Filter, raise_if_not_found: bool = True, graph: bool | None = None, **attributes: Any) -> None:
+    def set_attributes(
+        self, *filters: Filter, raise_if_not_found: bool = True, graph: bool | None = None, **attributes: Any
+    ) -> None:
         """Sets attributes, where they exist, on this module and those below it that the filters match.
 
         Raises:
@@ -156,11 +158,15 @@ class Module(Pytree):
 
     def train(self, **attributes: Any) -> None:
         """Training mode: `deterministic=False`, `use_running_average=False`, wherever these exist below."""
-        self.set_attributes(**{"deterministic": False, "use_running_average": False, **attributes}, raise_if_not_found=False)
+        self.set_attributes(
+            **{"deterministic": False, "use_running_average": False, **attributes}, raise_if_not_found=False
+        )
 
     def eval(self, **attributes: Any) -> None:
         """Evaluation mode: `deterministic=True`, `use_running_average=True`, wherever these exist below."""
-        self.set_attributes(**{"deterministic": True, "use_running_average": True, **attributes}, raise_if_not_found=False)
+        self.set_attributes(
+            **{"deterministic": True, "use_running_average": True, **attributes}, raise_if_not_found=False
+        )
 
 
 def _record(box: Variable, name: str, value: Any, reduce_fn: Callable, init_fn: Callable) -> bool:
@@ -253,7 +259,11 @@ class List(Module, MutableSequence[A]):
         self._replace(elements)
 
     def __eq__(self, other):
-        return self is other or (isinstance(other, List) and len(self) == len(other) and all(a is b or bool(a == b) for a, b in zip(self, other)))
+        return self is other or (
+            isinstance(other, List)
+            and len(self) == len(other)
+            and all(a is b or bool(a == b) for a, b in zip(self, other))
+        )
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -331,5 +341,3 @@ def _takes(f: Callable, name: str) -> bool:
         return name in inspect.signature(f).parameters
     except ValueError:
         return False
-
-

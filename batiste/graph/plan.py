@@ -34,7 +34,11 @@ def _watch(container: Any) -> Callable[[], bool]:
     """A question that is answered with True while a plain container holds the very same children."""
     if isinstance(container, dict):
         keys, values, n = list(container), list(container.values()), len(container)
-        return lambda: len(container) == n and all(map(operator.is_, container.values(), values)) and all(map(operator.eq, container, keys))
+        return lambda: (
+            len(container) == n
+            and all(map(operator.is_, container.values(), values))
+            and all(map(operator.eq, container, keys))
+        )
     if isinstance(container, list):
         items = list(container)
         return lambda: len(container) == len(items) and all(map(operator.is_, container, items))
@@ -56,7 +60,9 @@ def _watch_setting(value: Any) -> Callable[[], bool]:
 class Plan:
     """The flattening of one call: `program` runs it, `gather` reads its inputs and `scatter` writes its results."""
 
-    def __init__(self, boundary: Boundary, leaves: Sequence[Any], program: Callable[..., Any], forget: Callable[[Plan], None]):
+    def __init__(
+        self, boundary: Boundary, leaves: Sequence[Any], program: Callable[..., Any], forget: Callable[[Plan], None]
+    ):
         flat, crossing = boundary.flat, boundary.crossing
         self.epoch, self.trace, self.program = Epoch.now, current_trace(), program
         self.labels = crossing.labels
@@ -79,7 +85,7 @@ class Plan:
         self.groups = []
         for part in crossing.order:
             variables = [flat.leaves[n] for n in part if n not in self.sources]
-            self.groups.append((variables, [self.sources[n] for n in part[len(variables):]]))
+            self.groups.append((variables, [self.sources[n] for n in part[len(variables) :]]))
         self.note: Note | None = None
         self.targets: list[list[Variable]] = []
         self.out_order: list[tuple[int, int]] = []
@@ -121,7 +127,7 @@ class Plan:
         for targets, values in zip(self.targets, groups):
             _drain(map(_set, targets, values))
         if len(groups) == 1:
-            return note.out.treedef.unflatten(groups[0][len(self.targets[0]):])
+            return note.out.treedef.unflatten(groups[0][len(self.targets[0]) :])
         return note.out.treedef.unflatten([groups[g][i] for g, i in self.out_order])
 
     def learn(self, note: Note) -> None:
@@ -137,7 +143,7 @@ class Plan:
                 target: Variable = self.leaves[note.changed[n]]  # type: ignore[assignment]
                 target._check_can_update()  # once for all calls: a plan stays at the trace level it was made at
                 self.targets[g].append(target)
-        self.out_order = self.all_order[len(note.changed):]
+        self.out_order = self.all_order[len(note.changed) :]
         self.note = note
 
     def check(self, boundary: Boundary) -> None:

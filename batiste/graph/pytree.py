@@ -198,7 +198,11 @@ class Pytree(metaclass=PytreeMeta):
         nodes, attributes = self._pytree__nodes, vars(self)
         explicit: bool | None = None
         wrapped = False
-        if type(value) is dataclasses.Field and "nnx_value" in value.metadata and value.metadata["nnx_value"] is not MISSING:
+        if (
+            type(value) is dataclasses.Field
+            and "nnx_value" in value.metadata
+            and value.metadata["nnx_value"] is not MISSING
+        ):
             explicit, value, wrapped = not value.metadata["static"], value.metadata["nnx_value"], True
         elif name in cls._pytree__declared and name not in nodes:
             explicit = cls._pytree__declared[name]
@@ -362,7 +366,7 @@ def _flatten_with_keys(self: Pytree):
     parts, aux = _split_attributes(self)
     attributes = self.__dict__
     if self._pytree__has_int_keys:
-        key = lambda k: jax.tree_util.SequenceKey(int(k)) if k.isdigit() else jax.tree_util.GetAttrKey(k)  # noqa: E731
+        key = lambda k: jax.tree_util.SequenceKey(int(k)) if k.isdigit() else jax.tree_util.GetAttrKey(k)
     else:
         key = jax.tree_util.GetAttrKey
     return [(key(k), attributes[k]) for k in parts], aux
@@ -384,4 +388,3 @@ def _unflatten(cls: type[Pytree], aux, children):
             inner.name, inner.parent = name, home
     object.__setattr__(self, "_home", home)
     return self
-

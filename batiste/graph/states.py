@@ -38,7 +38,9 @@ class _EmptyNode:
 empty_node = _EmptyNode()
 
 
-def flatten_to_sequence(xs: Mapping, /, *, is_leaf: Callable[[Path, Any], bool] | None = None) -> list[tuple[Path, Any]]:
+def flatten_to_sequence(
+    xs: Mapping, /, *, is_leaf: Callable[[Path, Any], bool] | None = None
+) -> list[tuple[Path, Any]]:
     """The `(path, value)` pairs of a nested mapping, in sorted order; empty mappings vanish."""
     found: list[tuple[Path, Any]] = []
 
@@ -191,7 +193,10 @@ def _sort_out(pairs: Iterable[tuple[Path, Any]], filters: Sequence[Filter]) -> l
 
 
 def _not_exhaustive(rest) -> StructureError:
-    return StructureError(f"Non-exhaustive filters, got a non-empty remainder: {rest}", fix="end the filters with `...`, which takes the rest")
+    return StructureError(
+        f"Non-exhaustive filters, got a non-empty remainder: {rest}",
+        fix="end the filters with `...`, which takes the rest",
+    )
 
 
 # ---------------------------------------------------------------- State
@@ -331,7 +336,10 @@ def _state_flatten_with_keys(state: State):
 
 def _register(cls):
     jax.tree_util.register_pytree_with_keys(
-        cls, _state_flatten_with_keys, lambda keys, children: cls(dict(zip(keys, children)), _copy=False), _state_flatten
+        cls,
+        _state_flatten_with_keys,
+        lambda keys, children: cls(dict(zip(keys, children)), _copy=False),
+        _state_flatten,
     )
 
 
@@ -425,7 +433,7 @@ def restore_int_paths(pure_dict: Mapping) -> dict[Any, Any]:
     >>> restore_int_paths({"layers": {"0": 1}})
     {'layers': {0: 1}}
     """
-    as_key = lambda k: int(k) if isinstance(k, str) and k.isdigit() else k  # noqa: E731
+    as_key = lambda k: int(k) if isinstance(k, str) and k.isdigit() else k
     return unflatten_mapping({tuple(map(as_key, path)): x for path, x in flatten_mapping(pure_dict).items()})
 
 

@@ -332,7 +332,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         """`set_metadata(name, value)` and `set_metadata(a=1, b=2)` change entries; `set_metadata({...})` replaces all."""
         self._check_can_update()
         metadata = self._var_metadata
-        if args and kwargs or len(args) > 2:
+        if (args and kwargs) or len(args) > 2:
             raise TypeError("set_metadata takes a dict, or a name and a value, or keyword arguments.")
         if len(args) == 1:
             changes = dict(args[0])
@@ -459,9 +459,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         return getattr(self.get_value(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("value", "raw_value"):
-            object.__setattr__(self, name, value)
-        elif name in ("_raw_value", "_trace_state", "_var_metadata", "_frozen", "_home"):
+        if name in ("value", "raw_value") or name in ("_raw_value", "_trace_state", "_var_metadata", "_frozen", "_home"):
             object.__setattr__(self, name, value)
         else:
             raise AttributeError(f"Cannot set attribute {name} of a {type(self).__name__}: metadata are set by "
@@ -568,7 +566,9 @@ def _forward(name: str, function: Callable) -> None:
 
 
 def _no_inplace(self, other):
-    raise NotImplementedError("In-place operations on the Variable itself would rebind its name: write `variable[...] += x`.")
+    raise NotImplementedError(
+        "In-place operations on the Variable itself would rebind its name: write `variable[...] += x`."
+    )
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "lshift", "rshift", "and", "or", "xor",
@@ -712,7 +712,9 @@ def register_variable_name(name: str, typ: Any = MISSING, *, overwrite: bool = F
     if typ is MISSING:
         return lambda cls: register_variable_name(name, cls, overwrite=overwrite)
     if name in _types_by_name and not overwrite:
-        raise ValueError(f"Name {name} already mapped to type {_types_by_name[name].__name__}: choose another, or pass overwrite=True.")
+        raise ValueError(
+            f"Name {name} already mapped to type {_types_by_name[name].__name__}: choose another, or pass overwrite=True."
+        )
     _types_by_name[name] = typ
     return typ
 

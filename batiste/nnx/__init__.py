@@ -96,7 +96,9 @@ def __getattr__(name: str) -> typing.Any:
 
 
 def _variable_state():
-    warnings.warn("'VariableState' was removed, it is an alias of 'Variable': use that.", DeprecationWarning, stacklevel=3)
+    warnings.warn(
+        "'VariableState' was removed, it is an alias of 'Variable': use that.", DeprecationWarning, stacklevel=3
+    )
     return Variable
 
 

@@ -10,7 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from batiste.graph import Intermediate, Module, Pytree, State, Variable, VariableMetadata, data, from_flat_state, iter_graph, iter_modules, to_flat_state, to_predicate
+from batiste.graph import (
+    Module,
+    Pytree,
+    State,
+    Variable,
+    VariableMetadata,
+    data,
+    from_flat_state,
+    iter_graph,
+    iter_modules,
+    to_flat_state,
+    to_predicate,
+)
 from batiste.graph.errors import ArgumentError
 from batiste.graph.filters import Filter
 from batiste.graph.module import CAPTURES, capturing
@@ -28,7 +40,9 @@ def _view_method_of(cls: Any) -> Any:
     return getattr(cls, "set_view", None)
 
 
-def view(node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **kwargs: Any) -> A:
+def view(
+    node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **kwargs: Any
+) -> A:
     """A new object that shares the Variables, with other modes: `view(model, deterministic=True)`.
 
     Every module below that has a method `set_view` gets the options that this method takes.
@@ -61,7 +75,9 @@ def _options(method: Callable) -> dict[str, inspect.Parameter] | None:
     return parameters
 
 
-def with_attributes(node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **attributes: Any) -> A:
+def with_attributes(
+    node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **attributes: Any
+) -> A:
     """A new object that shares the Variables, with some attributes replaced wherever they exist.
 
     Raises:
@@ -83,7 +99,11 @@ def with_attributes(node: A, /, *, only: Filter = ..., raise_if_not_found: bool 
 def view_info(node: Any, /, *, only: Filter = ..., graph: bool | None = None) -> str:
     """The options that `view` can set in an object, by class, with their documentation."""
     predicate = _predicate(only)
-    classes = {type(m) for path, m in iter_modules(node, graph=graph) if _view_method_of(type(m)) is not None and predicate(path, m)}
+    classes = {
+        type(m)
+        for path, m in iter_modules(node, graph=graph)
+        if _view_method_of(type(m)) is not None and predicate(path, m)
+    }
     texts = []
     for cls in sorted(classes, key=lambda c: c.__qualname__):
         docs = _documented(inspect.getdoc(_view_method_of(cls)) or "")
@@ -91,7 +111,11 @@ def view_info(node: Any, /, *, only: Filter = ..., graph: bool | None = None) ->
         for name, parameter in list(inspect.signature(_view_method_of(cls)).parameters.items())[1:]:
             if parameter.kind is parameter.VAR_KEYWORD:
                 continue
-            kind = "" if parameter.annotation is parameter.empty else f": {inspect.formatannotation(parameter.annotation).strip(chr(39))}"
+            kind = (
+                ""
+                if parameter.annotation is parameter.empty
+                else f": {inspect.formatannotation(parameter.annotation).strip(chr(39))}"
+            )
             default = "" if parameter.default is parameter.empty else f" = {parameter.default}"
             lines.append(f"  {name}{kind}{default}")
             lines += [f"    {line}" for line in docs.get(name, ())]
@@ -128,7 +152,9 @@ def with_metadata(initializer: F, on_set_value: Any = (), on_get_value: Any = ()
 
 
 # ---------------------------------------------------------------- capture
-def capture(fn: Any, *var_types: type[Variable], init: State | None = None, method_outputs: type[Variable] | None = None) -> Callable:
+def capture(
+    fn: Any, *var_types: type[Variable], init: State | None = None, method_outputs: type[Variable] | None = None
+) -> Callable:
     """A function that calls `fn` and returns `(result, *states)`: what `sow` and `perturb` recorded, one State per type.
 
     Args:
@@ -209,7 +235,11 @@ def _recording(modules: list[Module], kind: type[Variable] | None) -> Iterator[N
             if not issubclass(cls, Module) or cls is Module or cls.__module__ == Module.__module__:
                 continue
             for name, method in list(vars(cls).items()):
-                if inspect.isfunction(method) and (name == "__call__" or not name.startswith("_")) and name not in _QUIET:
+                if (
+                    inspect.isfunction(method)
+                    and (name == "__call__" or not name.startswith("_"))
+                    and name not in _QUIET
+                ):
                     patched.append((cls, name, method))
                     setattr(cls, name, _sowing(method, name, kind))
         yield

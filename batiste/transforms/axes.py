@@ -142,7 +142,7 @@ def bound_to_axes(f: Callable, args: tuple, kwargs: dict[str, Any], axes: Any) -
     """The same call by position; arguments that were left out but have an axis take their defaults."""
     args, kwargs = bound(f, args, kwargs)
     if isinstance(axes, tuple) and len(axes) > len(args):
-        missing = list(inspect.signature(f).parameters.values())[len(args):len(axes)]
+        missing = list(inspect.signature(f).parameters.values())[len(args) : len(axes)]
         defaults = [p.default for p in missing if p.default is not p.empty]
         args = (*args, *defaults) if len(defaults) == len(missing) else args
     return args, kwargs

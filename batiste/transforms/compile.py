@@ -206,7 +206,9 @@ class JitWrapped:
     def enter(self, args: tuple, kwargs: dict[str, Any], static: Any) -> tuple[Boundary, Any]:
         """Walks the arguments."""
         if kwargs and self.in_shardings is not None:
-            raise ArgumentError("in_shardings does not speak of keyword arguments", got=sorted(kwargs), fix="pass them by position")
+            raise ArgumentError(
+                "in_shardings does not speak of keyword arguments", got=sorted(kwargs), fix="pass them by position"
+            )
         specs = broadcast(self.in_shardings, args, "in_shardings")
         donated = self.arguments.dynamic_donated(len(args), static)
         counts = [len(jax.tree.leaves(x, is_leaf=is_root)) for x in args]
@@ -367,6 +369,14 @@ def jit(fun: Any = MISSING, *, in_shardings: Any = None, out_shardings: Any = No
                                  keep_unused=keep_unused, device=device, backend=backend, inline=inline, graph=graph,
                                  graph_updates=graph_updates)  # fmt: skip
     mode = Mode.of("jit", graph, graph_updates)
-    return JitWrapped(fun, mode, in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames, **options)
-
-
+    return JitWrapped(
+        fun,
+        mode,
+        in_shardings,
+        out_shardings,
+        static_argnums,
+        static_argnames,
+        donate_argnums,
+        donate_argnames,
+        **options,
+    )

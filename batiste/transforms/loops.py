@@ -95,7 +95,7 @@ class Turn:
         if given is not None:
             arrays = self.check(given, args[self.at], carry)  # type: ignore[index]
         groups = dict(zip(crossing.labels, crossing.close(before, opened, rest)))
-        sent = groups[Carry][sum(crossing.leaf_labels[n] is Carry for n in self.variables):]
+        sent = groups[Carry][sum(crossing.leaf_labels[n] is Carry for n in self.variables) :]
         if len(sent) != (len(self.attributes) if self.live else 0) or (self.live and groups[None]):
             raise self.changed("a new Variable or array belongs to what is carried or broadcast")
         values = {n: opened.objects[crossing.numbers[n]]._raw_value for n in self.variables}  # type: ignore[index]
@@ -313,9 +313,9 @@ def _carry_of(out_axes: Any) -> tuple[Callable, Callable, Any]:
             raise StructureError("the result of a scanned function does not fit out_axes", got=got,
                                  expected=f"a tuple of {len(out_axes)}, for out_axes={out_axes}",
                                  fix="return one value per entry of out_axes")  # fmt: skip
-        return out[k], (*out[:k], *out[k + 1:])
+        return out[k], (*out[:k], *out[k + 1 :])
 
-    return take, lambda carry, rest: (*rest[:k], carry, *rest[k:]), (*out_axes[:k], *out_axes[k + 1:])
+    return take, lambda carry, rest: (*rest[:k], carry, *rest[k:]), (*out_axes[:k], *out_axes[k + 1 :])
 
 
 def _check_axes(in_axes: Any, out_axes: Any, mode: Mode) -> int | None:

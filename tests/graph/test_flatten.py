@@ -58,7 +58,16 @@ def test_equal_structures_are_equal_and_hash_alike(name):
 
 
 zoo_twice = zoo(nnx), zoo(nnx)
-HAVE_THEIR_OWN_CLASS = {"layer", "nothing", "stack", "shared", "cycle", "mixed", "plain", "tree"}  # classes made per call
+HAVE_THEIR_OWN_CLASS = {
+    "layer",
+    "nothing",
+    "stack",
+    "shared",
+    "cycle",
+    "mixed",
+    "plain",
+    "tree",
+}  # classes made per call
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -85,7 +85,9 @@ def test_an_object_is_no_pytree_but_a_graph():
     assert nnx.to_flat_state(nnx.state(o)).paths == (("parts", 0), ("parts", 1, "a"))
 
 
-@pytest.mark.parametrize("change", [lambda m: setattr(m, "x", 1), lambda m: delattr(m, "y"), lambda m: m.parts.append(1)])
+@pytest.mark.parametrize(
+    "change", [lambda m: setattr(m, "x", 1), lambda m: delattr(m, "y"), lambda m: m.parts.append(1)]
+)
 def test_a_captured_module_cannot_be_changed(change):
     class M(nnx.Module):
         def __init__(self):

@@ -34,7 +34,24 @@ def test_a_container_as_value_is_another_object_after_a_write():
     assert v["a"] == 2 and inside == {"a": 1}
 
 
-@pytest.mark.parametrize("text", ["v + 2", "2 - v", "v @ v", "-v", "v < 2", "v ** 2", "jnp.sin(v)", "v.sum()", "v[1:]", "abs(v)", "v == v", "v / v", "1 / v"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "v + 2",
+        "2 - v",
+        "v @ v",
+        "-v",
+        "v < 2",
+        "v ** 2",
+        "jnp.sin(v)",
+        "v.sum()",
+        "v[1:]",
+        "abs(v)",
+        "v == v",
+        "v / v",
+        "1 / v",
+    ],
+)
 def test_a_variable_stands_for_its_value(text):
     value = jnp.arange(1.0, 4.0)
     expected = eval(text, {"v": value, "jnp": jnp})

@@ -90,8 +90,14 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("one object twice in a tree call", lambda: nnx.jit(lambda a, b: 1, graph=False)(*[Layer()] * 2)),
     ("a bound method", lambda: nnx.jit(Model().eval)),
     ("a static argument that is a list", lambda: nnx.jit(lambda x: x, static_argnums=0)([1])),
-    ("two shardings for one Variable", lambda: nnx.jit(lambda a, b: 1, in_shardings=(jax.sharding.PartitionSpec("x"), None))(*[Layer()] * 2)),
-    ("a rule that matches nothing", lambda: nnx.jit(lambda a: 1, in_shardings=nnx.StateSharding({nnx.BatchStat: None}))(Layer())),
+    (
+        "two shardings for one Variable",
+        lambda: nnx.jit(lambda a, b: 1, in_shardings=(jax.sharding.PartitionSpec("x"), None))(*[Layer()] * 2),
+    ),
+    (
+        "a rule that matches nothing",
+        lambda: nnx.jit(lambda a: 1, in_shardings=nnx.StateSharding({nnx.BatchStat: None}))(Layer()),
+    ),
     ("a prefix that does not fit", lambda: nnx.jit(lambda a: 1, in_shardings=(None, None))(Layer())),
     ("attributes that exist nowhere", lambda: Model().set_attributes(no_such=1)),
     ("a view nobody takes", lambda: nnx.view(Model(), no_such=True)),

@@ -21,12 +21,18 @@ from typing import TypeVar
 
 
 def expected_stub() -> str:
-    lines = [f"from {home} import {name} as {name}" for home, names in nnx._HOMES.items() for name in sorted(names.split())]
+    lines = [
+        f"from {home} import {name} as {name}" for home, names in nnx._HOMES.items() for name in sorted(names.split())
+    ]
     for name, module in nnx._MODULES.items():
         package, _, last = module.rpartition(".")
         if importlib.util.find_spec(module) is not None:
             lines.append(f"from {package} import {last} as {name}")
-    return HEAD + "\n".join(sorted(lines)) + '\n\nA = TypeVar("A")\nM = TypeVar("M")\nPureState = tuple\nVariableState = Variable\n'
+    return (
+        HEAD
+        + "\n".join(sorted(lines))
+        + '\n\nA = TypeVar("A")\nM = TypeVar("M")\nPureState = tuple\nVariableState = Variable\n'
+    )
 
 
 if os.environ.get("BATISTE_ACCEPT_NAMES") == "1":
@@ -57,4 +63,6 @@ def test_the_old_name_of_variable_warns():
 
 def test_modules_under_flax_names_import():
     modules = sorted(m for m in set(nnx._MODULES.values()))
-    subprocess.run([sys.executable, "-c", f"import {', '.join(modules)}"], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(modules)}"], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )

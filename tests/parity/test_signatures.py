@@ -10,8 +10,13 @@ from flax import nnx as flax_nnx
 
 from batiste import nnx
 
-OTHER = {"GraphDef": "made by split alone", "UpdateContext": "it needs no cache of static parts",
-          "Data": "a marker", "Static": "a marker", "Initializer": "a type alias"}
+OTHER = {
+    "GraphDef": "made by split alone",
+    "UpdateContext": "it needs no cache of static parts",
+    "Data": "a marker",
+    "Static": "a marker",
+    "Initializer": "a type alias",
+}
 LATER = {"bridge", "wrappers"}  # they come with the functional face
 INTERNAL = {"deprecations", "proxy_caller", "tp", "annotations", "wrappers"}
 NAMES = sorted(n for n in dir(flax_nnx) if not n.startswith("_") and n not in LATER | INTERNAL)
@@ -30,7 +35,7 @@ def arguments(function):
 
 def simple_defaults(function):
     """The defaults that are plain values; classes count by their names."""
-    plain = lambda x: tuple(map(plain, x)) if isinstance(x, tuple) else x.__name__ if isinstance(x, type) else x  # noqa: E731
+    plain = lambda x: tuple(map(plain, x)) if isinstance(x, tuple) else x.__name__ if isinstance(x, type) else x
     return {p.name: plain(p.default) for p in inspect.signature(function).parameters.values()
             if isinstance(p.default, (bool, int, float, str, tuple, type(None)))}  # fmt: skip
 

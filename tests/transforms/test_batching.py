@@ -240,9 +240,7 @@ def test_one_label_may_stand_for_a_whole_part():
 @every_mode
 def test_pmap_agrees_with_vmap(mode):
     a, b = Pair(), Pair()
-    np.testing.assert_array_equal(
-        nnx.pmap(add, **mode)(a, jnp.arange(4.0)), nnx.vmap(add, **mode)(b, jnp.arange(4.0))
-    )
+    np.testing.assert_array_equal(nnx.pmap(add, **mode)(a, jnp.arange(4.0)), nnx.vmap(add, **mode)(b, jnp.arange(4.0)))
     np.testing.assert_array_equal(a.b[...], b.b[...])
 
 

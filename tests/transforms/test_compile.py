@@ -17,7 +17,11 @@ from batiste.graph.errors import AliasError, TraceContextError
 from batiste.graph.plan import StalePlanError
 from batiste.graph.variable import Epoch
 
-MODES = [dict(graph=True, graph_updates=True), dict(graph=True, graph_updates=False), dict(graph=False, graph_updates=False)]
+MODES = [
+    dict(graph=True, graph_updates=True),
+    dict(graph=True, graph_updates=False),
+    dict(graph=False, graph_updates=False),
+]
 
 
 class Layer(nnx.Module):
@@ -85,7 +89,9 @@ def test_structural_changes_come_back():
 
     change(layer)
     assert layer.new.shape == (3,) and layer.child.kernel is not layer.kernel and layer.alias is layer.kernel
-    assert layer.flag is True and layer.kernel.note == "seen" and not hasattr(layer, "count") and layer.sizes == [2, 2, 7]
+    assert (
+        layer.flag is True and layer.kernel.note == "seen" and not hasattr(layer, "count") and layer.sizes == [2, 2, 7]
+    )
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

@@ -1,4 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers and metrics, under the names of Flax's files."""
-
-

@@ -1,4 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transforms, under the names of Flax's files."""
-
-
