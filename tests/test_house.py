@@ -17,13 +17,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "batiste"
 
 # Imports go from a floor to a lower one, or stay inside their folder. What is in no list here is one of Flax's
-# other names (core, errors, ...): together one folder of the fifth floor. `struct` is one of them that needs only jax.
+# other names (core, cursor, ...): together one folder of the fifth floor, but for those that need little and are
+# needed on lower floors, which have a floor of their own.
 FLOORS = {
     "version": 0,
     "graph": 0,
     "struct": 1,
+    "errors": 1,
+    "io": 1,
+    "core.frozen_dict": 1,
     "sharding": 1,
     "precision": 1,
+    "traverse_util": 2,
+    "serialization": 2,
     "transforms": 2,
     "nn": 3,
     "linen": 4,
@@ -91,8 +97,9 @@ def ours(name: str) -> bool:
 
 def folder_of(module: str) -> tuple[int, str]:
     """Floor and folder of a module of the package."""
-    part = module.split(".")[1]
-    return (FLOORS[part], part) if part in FLOORS else (NAMES_FLOOR, NAMES)
+    parts = module.split(".")[1:]
+    part = next((part for part in (".".join(parts[:2]), parts[0]) if part in FLOORS), None)
+    return (FLOORS[part], part) if part else (NAMES_FLOOR, NAMES)
 
 
 def where(file: Path, line: int) -> str:

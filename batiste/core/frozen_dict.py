@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FrozenDict: an immutable nested mapping that is a JAX pytree, and functions that work on dicts and FrozenDicts alike."""
+"""FrozenDict: an immutable nested mapping that is a JAX pytree, and functions of dicts and FrozenDicts alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, KeysView, Mapping, ValuesView
 from typing import Any, TypeVar
 
 import jax
@@ -12,11 +13,30 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+class FrozenKeysView(KeysView):
+    """The keys of a FrozenDict."""
+
+    def __repr__(self):
+        return f"frozen_dict_keys({list(self)!r})"
+
+
+class FrozenValuesView(ValuesView):
+    """The values of a FrozenDict."""
+
+    def __repr__(self):
+        return f"frozen_dict_values({list(self)!r})"
+
+
 def _plain(x: Any) -> Any:
     """Nested dicts, copied; other values as they are."""
     if isinstance(x, FrozenDict):
         x = x._dict
     return {k: _plain(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _copied(x: Any) -> Any:
+    """The same leaves in new containers."""
+    return jax.tree.map(lambda leaf: leaf, x)
 
 
 class FrozenDict(Mapping[K, V]):
@@ -41,6 +61,9 @@ class FrozenDict(Mapping[K, V]):
     def __setitem__(self, key, value):
         raise ValueError("FrozenDict is immutable: make a changed copy with d.copy({...}).")
 
+    def __delitem__(self, key):
+        raise AttributeError("FrozenDict is immutable: d.pop(key) gives the rest and the value.")
+
     def __contains__(self, key) -> bool:
         return key in self._dict
 
@@ -53,7 +76,7 @@ class FrozenDict(Mapping[K, V]):
     def __eq__(self, other):
         if isinstance(other, FrozenDict):
             return self._dict == other._dict
-        return NotImplemented
+        return self._dict == _plain(other) if isinstance(other, Mapping) else NotImplemented
 
     def __hash__(self):
         if self._hash is None:
@@ -66,20 +89,19 @@ class FrozenDict(Mapping[K, V]):
     def __reduce__(self):
         return FrozenDict, (self.unfreeze(),)
 
-    def items(self):
-        for key in self._dict:
-            yield key, self[key]
+    def keys(self) -> FrozenKeysView:
+        return FrozenKeysView(self)
+
+    def values(self) -> FrozenValuesView:
+        return FrozenValuesView(self)
+
+    def items(self) -> Iterator[tuple[K, Any]]:
+        """Pairs, each read once: an iterator, not a view."""
+        return ((key, self[key]) for key in self._dict)
 
     def pretty_repr(self, num_spaces: int = 4) -> str:
         """A text with one item per line."""
-
-        def text(x: Any, depth: int) -> str:
-            if not isinstance(x, dict):
-                return repr(x)
-            pad = " " * num_spaces * (depth + 1)
-            return "{\n" + "".join(f"{pad}{k!r}: {text(v, depth + 1)},\n" for k, v in x.items()) + " " * num_spaces * depth + "}"
-
-        return f"FrozenDict({text(self._dict, 0)})" if self._dict else "FrozenDict({})"
+        return f"FrozenDict({_indented(self._dict, num_spaces)})"
 
     def copy(self, add_or_replace: Mapping[K, V] = {}) -> FrozenDict[K, V]:
         """A new FrozenDict with more or other items."""
@@ -94,11 +116,11 @@ class FrozenDict(Mapping[K, V]):
 
     def unfreeze(self) -> dict[K, V]:
         """A nested dict, copied."""
-        return _plain(self)
+        return unfreeze(self)
 
     def tree_flatten_with_keys(self):
         keys = sorted(self._dict)
-        return [(jax.tree_util.DictKey(k), self._dict[k]) for k in keys], tuple(keys)
+        return tuple((jax.tree_util.DictKey(k), self._dict[k]) for k in keys), tuple(keys)
 
     @classmethod
     def tree_unflatten(cls, keys, values):
@@ -117,8 +139,8 @@ def freeze(xs: Mapping[Any, Any]) -> FrozenDict[Any, Any]:
 
 
 def unfreeze(x: Any) -> dict[Any, Any]:
-    """A nested dict that can be changed, copied."""
-    return _plain(x) if isinstance(x, (FrozenDict, dict)) else x
+    """A nested dict that can be changed: containers are copied, keys sorted as JAX sorts them."""
+    return _copied(_plain(x)) if isinstance(x, FrozenDict | dict) else x
 
 
 def copy(x: Any, add_or_replace: Mapping[Any, Any] = {}) -> Any:
@@ -130,7 +152,7 @@ def copy(x: Any, add_or_replace: Mapping[Any, Any] = {}) -> Any:
     if isinstance(x, FrozenDict):
         return x.copy(add_or_replace)
     if isinstance(x, dict):
-        return {**_plain(x), **add_or_replace}
+        return {**_copied(x), **add_or_replace}
     raise TypeError(f"Expected FrozenDict or dict, got {type(x)}")
 
 
@@ -143,18 +165,26 @@ def pop(x: Any, key: Any) -> tuple[Any, Any]:
     if isinstance(x, FrozenDict):
         return x.pop(key)
     if isinstance(x, dict):
-        rest = _plain(x)
+        rest = _copied(x)
         return rest, rest.pop(key)
     raise TypeError(f"Expected FrozenDict or dict, got {type(x)}")
 
 
 def pretty_repr(x: Any, num_spaces: int = 4) -> str:
-    """A text with one item per line.
+    """A text with one item per line; of what is no dict, its repr.
 
-    Raises:
-        TypeError: `x` is neither a dict nor a FrozenDict.
+    >>> print(pretty_repr({"up": {"bias": 0}}, num_spaces=2))
+    {
+      up: {
+        bias: 0,
+      },
+    }
     """
-    if isinstance(x, (FrozenDict, dict)):
-        text = FrozenDict(x).pretty_repr(num_spaces)
-        return text if isinstance(x, FrozenDict) else text[len("FrozenDict(") : -1]
-    raise TypeError(f"Expected FrozenDict or dict, got {type(x)}")
+    return x.pretty_repr(num_spaces) if isinstance(x, FrozenDict) else _indented(x, num_spaces)
+
+
+def _indented(x: Any, num_spaces: int) -> str:
+    if not isinstance(x, dict):
+        return x.pretty_repr(num_spaces) if isinstance(x, FrozenDict) else repr(x)
+    items = "".join(f"{key}: {_indented(value, num_spaces)},\n" for key, value in x.items())
+    return "{\n" + textwrap.indent(items, " " * num_spaces) + "}" if x else "{}"
