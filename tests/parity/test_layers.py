@@ -61,7 +61,8 @@ def run(lib: Any, case: Case) -> Run:
         def forward(leaves, some):
             some = iter(some)
             args = [next(some) if yes else x for yes, x in zip(differentiable, inputs)]
-            layer = lib.merge(graphdef, jax.tree.unflatten(structure, leaves), rest)
+            others = jax.tree.map(lambda x: x, rest)  # Variables of this trace level, which may be written
+            layer = lib.merge(graphdef, jax.tree.unflatten(structure, leaves), others)
             out = case.call(layer, *args)
             return out, jax.tree.leaves(lib.state(layer))
 
