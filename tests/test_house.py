@@ -25,6 +25,7 @@ FLOORS = {
     "struct": 1,
     "errors": 1,
     "io": 1,
+    "jax_utils": 1,
     "core.frozen_dict": 1,
     "sharding": 1,
     "precision": 1,
