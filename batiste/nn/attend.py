@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from batiste.graph import Intermediate, Module
@@ -131,6 +132,8 @@ def dot_product_attention_weights(
 def _attend(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, keep: Array | None, *,
             precision: lax.PrecisionLike, module: Module | None) -> Array:  # fmt: skip
     """The formula, heads before positions: q[B…, H, T, D], k[B…, K, S, D], v[B…, K, S, D'] -> [B…, H, T, D']."""
+    if _is_sharded(q, -3):  # a sharded dim of heads cannot be cut into groups
+        k, v = _repeated(k, q), _repeated(v, q)
     e, total = _exponentials(q, k, bias, mask, precision)
     if module is not None:
         _recorded(module, e / total, q.dtype)
@@ -159,6 +162,15 @@ def _product(x: Array, y: Array, contracted: int, dtype: DTypeLike, precision: l
     batch = tuple(range(x.ndim - 2))
     dims = (((x.ndim - 1,), (contracted,)), (batch, batch))
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype)
+
+
+def _repeated(x: Array, q: Array) -> Array:
+    """[B…, K, S, ·] -> [B…, H, S, ·], heads sharded as those of q[B…, H, T, D]: one head of keys for each of queries."""
+    heads, each = q.shape[-3], q.shape[-3] // x.shape[-3]
+    if each == 1:
+        return x
+    spec = PartitionSpec(*jax.typeof(q).sharding.spec[:-2], *jax.typeof(x).sharding.spec[-2:])
+    return jnp.repeat(x, each, axis=-3, total_repeat_length=heads, out_sharding=spec)
 
 
 def _grouped(x: Array, k: Array) -> Array:

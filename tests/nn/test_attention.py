@@ -330,3 +330,15 @@ def test_queries_keys_and_values_have_to_fit_together(q, k, v, words):
 def test_masks_of_two_ranks_are_refused():
     with pytest.raises(ShapeError, match="same rank"):
         nnx.combine_masks(jnp.ones((5, 5)), jnp.ones((1, 1, 5, 5)))
+
+
+def test_shared_heads_on_explicit_mesh_axes():
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    query, key = jax.random.normal(jax.random.key(0), (2, 4, 5, 4, 3))[0], jnp.ones((4, 5, 2, 3)).at[1].set(2.0)
+    expected = nnx.dot_product_attention(query, key, 3 * key)
+    with jax.set_mesh(mesh):
+        q = jax.device_put(query, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "heads")))
+        k = jax.device_put(key, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        got = nnx.dot_product_attention(q, k, 3 * k)
+        assert jax.typeof(got).sharding.spec[2] == "heads"
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
