@@ -8,8 +8,8 @@
        leave(groups, note)                           changed values and new leaves, by label
          values -> the same objects, out
 
-A *label* (an axis, a sharding, Carry, a role) says how a leaf passes. Leaves are sorted into one group per label, so the
-prefix argument of every JAX transform is simply the tuple of labels.
+A *label* (an axis, a sharding, Carry, a role) says how a leaf passes. Leaves are sorted into one group per label, so
+the prefix argument of every JAX transform is simply the tuple of labels.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Rules(Rule):
 
 
 class Shaped(Rule):
-    """Labels that stand in an object of the same structure, as `nnx.prefix` makes it; one may stand for a whole part."""
+    """Labels that stand in an object of the same structure, as `nnx.prefix` makes it; one may cover a whole part."""
 
     def __init__(self, root: Any):
         self.by_path = dict(_labels_of(root, (), set()))
@@ -254,7 +254,7 @@ def build_all(walked: Walked, build: _Build) -> list[Any]:
 # ---------------------------------------------------------------- the note
 @jax.tree_util.register_static
 class Note:
-    """What one trace of the function found out: it rides on the output tree, so that a cached program brings its own."""
+    """What one trace of the function found out. It rides on the output tree: a cached program brings its own."""
 
     __slots__ = ("changed", "metadata", "args", "out", "sources", "labels", "plain")
 
@@ -370,9 +370,11 @@ class Crossing:
             return x[...] if is_ref(x) else x
         if x._trace_state != current_trace():
             raise CapturedError(
-                f"Cannot return captured Variable of type {x.type.__name__} from nnx.{self.mode.name}: Cannot extract graph "
-                "node from different trace level", at=show_path(path), fix="pass the object to the function as an argument",
-            )  # fmt: skip
+                f"Cannot return captured Variable of type {x.type.__name__} from nnx.{self.mode.name}: "
+                "Cannot extract graph node from different trace level",
+                at=show_path(path),
+                fix="pass the object to the function as an argument",
+            )
         return jax.tree.map(lambda y: y[...] if is_ref(y) else y, x.get_raw_value())
 
     def walk_again(self, walk: _Walk, leaves: list[Any]) -> Walked:

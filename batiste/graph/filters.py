@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filters: which paths of a State, and which Variables.
 
-A filter is a predicate `(path, value) -> bool` with a short spelling: a Variable type, a tag, `...` for everything, None
-for nothing, a list of filters for any of them.
+A filter is a predicate `(path, value) -> bool` with a short spelling: a Variable type, a tag, `...` for everything,
+None for nothing, a list of filters for any of them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def to_predicate(filter: Filter) -> Predicate:
         return filter  # type: ignore[return-value]
     if isinstance(filter, (list, tuple)):
         return Any(*filter)
-    raise FilterError("Invalid collection filter", got=repr(filter),
-                      expected="a Variable type, a tag, ..., None, True, False, a callable (path, value) -> bool, or a list of those")  # fmt: skip
+    raise FilterError(
+        "Invalid collection filter",
+        got=repr(filter),
+        expected="a Variable type, a tag, ..., None, True, False, a callable (path, value) -> bool, or a list of those",
+    )
 
 
 def to_predicates(filters: Sequence[Filter]) -> tuple[Predicate, ...]:
@@ -58,7 +61,8 @@ def to_predicates(filters: Sequence[Filter]) -> tuple[Predicate, ...]:
     for index, filter in enumerate(filters):
         if _is_everything(filter) and not all(map(_is_everything, filters[index + 1 :])):
             raise ValueError(
-                f"`...` or `True` can only be used as the last filters, for they match everything: got {filter} at index {index}."
+                "`...` or `True` can only be used as the last filters, for they match everything: "
+                f"got {filter} at index {index}."
             )
     return tuple(map(to_predicate, filters))
 

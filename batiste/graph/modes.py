@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two defaults that choose what the object face returns: may objects be shared, and do structural changes travel."""
+"""The two defaults of the object face: may objects be shared, and do structural changes travel."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from .switch import Switch
 
 
 class set_graph_mode(Switch, flag="nnx_graph_mode"):
-    """The default of `graph=`: True lets objects be shared, False takes them as trees. Also for a block or a function."""
+    """The default of `graph=`: True lets objects be shared, False takes them as trees. Also by block or function."""
 
 
 class set_graph_updates(Switch, flag="nnx_graph_updates"):
-    """The default of `graph_updates=`: whether transforms hand structural changes back. Also for a block or a function."""
+    """The default of `graph_updates=`: whether transforms hand structural changes back. Also by block or function."""
 
 
 def graph_mode(graph: bool | None) -> bool:

@@ -35,7 +35,7 @@ def _nothing() -> tuple:
 
 
 class Capturing(threading.local):
-    """The stack of `capture` calls that are running; sow and perturb write to the captured modules' hidden attribute."""
+    """The stack of running `capture` calls; sow and perturb write to the hidden attribute of the captured modules."""
 
     def __init__(self):
         self.depth = 0
@@ -82,8 +82,12 @@ class Module(Pytree):
         if capturing.depth:
             return False
         old = self._recorded(name, kind)
-        warnings.warn("Using 'Module.sow()' outside of 'nnx.capture()' is deprecated: its values then stay in attributes of "
-                      "the module.", DeprecationWarning, stacklevel=2)  # fmt: skip
+        warnings.warn(
+            "Using 'Module.sow()' outside of 'nnx.capture()' is deprecated: its values then stay in attributes of "
+            "the module.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         if old is not None:
             old.set_value(reduce_fn(old.get_value(), value))
         else:
@@ -117,8 +121,12 @@ class Module(Pytree):
         if capturing.depth:
             return value
         old = self._recorded(name, kind)
-        warnings.warn("Using 'Module.perturb()' outside of 'nnx.capture()' is deprecated: the perturbation then stays in an "
-                      "attribute of the module.", DeprecationWarning, stacklevel=2)  # fmt: skip
+        warnings.warn(
+            "Using 'Module.perturb()' outside of 'nnx.capture()' is deprecated: the perturbation then stays in an "
+            "attribute of the module.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         if old is None:
             old = kind(jax.tree.map(jnp.zeros_like, value))
             setattr(self, name, old)
@@ -153,8 +161,10 @@ class Module(Pytree):
                         remaining.discard(name)
                         setattr(module, name, value)
         if remaining and raise_if_not_found:
-            raise ArgumentError(f"Could not find at least one instance of the following attributes: {sorted(remaining)}",
-                                fix="check their names, or pass raise_if_not_found=False")  # fmt: skip
+            raise ArgumentError(
+                f"Could not find at least one instance of the following attributes: {sorted(remaining)}",
+                fix="check their names, or pass raise_if_not_found=False",
+            )
 
     def train(self, **attributes: Any) -> None:
         """Training mode: `deterministic=False`, `use_running_average=False`, wherever these exist below."""

@@ -112,8 +112,12 @@ class Plan:
 
     def gather(self, leaves: Sequence[Any]) -> list[list[Any]]:
         """The present values, one list per label."""
-        return [[v._raw_value for v in variables] + [read(leaves) for read in others] if others else [v._raw_value for v in variables]
-                for variables, others in self.groups]  # fmt: skip
+        return [
+            [v._raw_value for v in variables] + [read(leaves) for read in others]
+            if others
+            else [v._raw_value for v in variables]
+            for variables, others in self.groups
+        ]
 
     def scatter(self, groups: Sequence[Sequence[Any]], note: Note, leaves: Sequence[Any]) -> Any:
         """Writes the results into the same objects; returns the function's result."""
@@ -154,8 +158,10 @@ class Plan:
         """
         fresh = [x if is_variable else None for x, is_variable in zip(boundary.flat.leaves, boundary.flat.variables)]
         if len(fresh) != len(self.leaves) or any(a is not b for a, b in zip(fresh, self.leaves)):
-            raise StalePlanError("the remembered structure of a call's arguments is out of date",
-                                 fix="change attributes by assignment, not through __dict__ or object.__setattr__")  # fmt: skip
+            raise StalePlanError(
+                "the remembered structure of a call's arguments is out of date",
+                fix="change attributes by assignment, not through __dict__ or object.__setattr__",
+            )
 
 
 def _slot_reader(owner: weakref.ref, name: str):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules: plain objects whose attributes are parts (data) or settings (static).
 
-An attribute is *data* when it holds an array, a Variable or another graph object; everything else is *static*. `data(x)`
-and `static(x)` say so explicitly, on assignment or as a dataclass field. Every class is registered as a JAX pytree too,
-unless it is declared with `pytree=False`.
+An attribute is *data* when it holds an array, a Variable or another graph object; everything else is *static*.
+`data(x)` and `static(x)` say so explicitly, on assignment or as a dataclass field. Every class is registered as a JAX
+pytree too, unless it is declared with `pytree=False`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import typing
 import warnings
 from abc import ABCMeta
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ def register_data_type(type_: type, /) -> type:
 
 
 def is_data(value: Any, /) -> bool:
-    """Whether an attribute that is given this value becomes data: an array, a Ref, a Variable, a graph object, a registered type.
+    """Whether an attribute with this value becomes data: an array, Ref, Variable or graph object, or a registered type.
 
     >>> is_data(jax.numpy.ones(2)), is_data(3), is_data([1, 2])
     (True, False, False)
@@ -84,8 +84,11 @@ else:
             self.mark, self.word = mark, word
 
         def __getitem__(self, item):
-            warnings.warn(f"'{self.word}' is deprecated, please replace `x: {self.word}[T]` with `x: T = {self.word.lower()}()`.",
-                          DeprecationWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"'{self.word}' is deprecated, please replace `x: {self.word}[T]` with `x: T = {self.word.lower()}()`.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
             return typing.Annotated[item, self.mark]
 
     Data, Static = _Marker(DataAnnotation, "Data"), _Marker(StaticAnnotation, "Static")
@@ -163,7 +166,7 @@ class Pytree(metaclass=PytreeMeta):
 
     _pytree__is_pytree: bool = True
     _pytree__has_int_keys: bool = False
-    _pytree__declared: dict[str, bool] = {}
+    _pytree__declared: ClassVar[dict[str, bool]] = {}
 
     if typing.TYPE_CHECKING:
         _pytree__nodes: dict[str, bool]
@@ -173,8 +176,10 @@ class Pytree(metaclass=PytreeMeta):
     def __init_subclass__(cls, *, pytree: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
         if vars(cls).get("__slots__"):
-            raise TypeError(f"{cls.__name__} has __slots__={vars(cls)['__slots__']}, but the attributes of a Pytree live in __dict__: "
-                            "take __slots__ out.")  # fmt: skip
+            raise TypeError(
+                f"{cls.__name__} has __slots__={vars(cls)['__slots__']}, but the attributes of a Pytree live in "
+                "__dict__: take __slots__ out."
+            )
         cls._pytree__is_pytree = pytree
         cls._pytree__declared = _declared(cls)
         if pytree:
@@ -219,15 +224,21 @@ class Pytree(metaclass=PytreeMeta):
         """Whether the attribute is data from now on."""
         if explicit is not None:
             if not explicit and wrapped and (is_data(value) or (type(value) not in _SCALARS and has_data(value))):
-                raise StructureError(f"Found data in value of type '{type(value).__name__}' that nnx.static(...) was to make a "
-                                     "setting", at=self._attribute(name), fix=f"assign nnx.data(...) to self.{name}")  # fmt: skip
+                raise StructureError(
+                    f"Found data in value of type '{type(value).__name__}' that nnx.static(...) was to make a setting",
+                    at=self._attribute(name),
+                    fix=f"assign nnx.data(...) to self.{name}",
+                )
             if not explicit and not is_data(value):  # a bare array is found at the end of __init__
                 self._refuse_hidden_data(name, value)
             return explicit
         known, is_data_now = self._pytree__nodes.get(name), is_data(value)
         if is_data_now and known is False:
-            raise StructureError(f"Cannot assign data value of type '{type(value).__name__}' to static attribute '{name}'",
-                                 at=self._attribute(name), fix=f"say that it becomes data: self.{name} = nnx.data(...)")  # fmt: skip
+            raise StructureError(
+                f"Cannot assign data value of type '{type(value).__name__}' to static attribute '{name}'",
+                at=self._attribute(name),
+                fix=f"say that it becomes data: self.{name} = nnx.data(...)",
+            )
         if known or is_data_now:
             return True
         self._refuse_hidden_data(name, value)
@@ -238,8 +249,12 @@ class Pytree(metaclass=PytreeMeta):
             return
         if not (found := has_data(value)):
             return
-        raise StructureError(f"Found data on value of type '{type(value).__name__}', which makes a static attribute '{name}'",
-                             at=self._attribute(name), got=_kinds(found), fix=_ways_out(name, value))  # fmt: skip
+        raise StructureError(
+            f"Found data on value of type '{type(value).__name__}', which makes a static attribute '{name}'",
+            at=self._attribute(name),
+            got=_kinds(found),
+            fix=_ways_out(name, value),
+        )
 
     def _attribute(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"
@@ -312,8 +327,10 @@ def check_pytree(pytree: Pytree) -> None:
         if not nodes.get(name, False) and type(value) not in _SCALARS and (found := has_data(value)):
             raise StructureError(
                 f"Found unexpected data on value of type '{type(value).__name__}' in static attribute '{name}'",
-                at=pytree._attribute(name), got=_kinds(found) if not is_data(value) else None, fix=_ways_out(name, value),
-            )  # fmt: skip
+                at=pytree._attribute(name),
+                got=_kinds(found) if not is_data(value) else None,
+                fix=_ways_out(name, value),
+            )
 
 
 class Object(Pytree, pytree=False):
@@ -324,13 +341,33 @@ class Object(Pytree, pytree=False):
 
 
 @dataclass_transform(field_specifiers=(data, static, dataclasses.field))
-def dataclass(cls=None, /, *, init: bool = True, eq: bool = True, order: bool = False, unsafe_hash: bool = False,
-              match_args: bool = True, kw_only: bool = False, slots: bool = False, weakref_slot: bool = False):  # fmt: skip
-    """`dataclasses.dataclass` for Pytree classes: fields may be `data(...)` or `static(...)`; the repr stays the tree's."""
+def dataclass(
+    cls=None,
+    /,
+    *,
+    init: bool = True,
+    eq: bool = True,
+    order: bool = False,
+    unsafe_hash: bool = False,
+    match_args: bool = True,
+    kw_only: bool = False,
+    slots: bool = False,
+    weakref_slot: bool = False,
+):
+    """`dataclasses.dataclass` for Pytrees: fields may be `data(...)` or `static(...)`; the repr stays the tree's."""
 
     def wrap(cls):
-        new = dataclasses.dataclass(init=init, repr=False, eq=eq, order=order, unsafe_hash=unsafe_hash, match_args=match_args,
-                                    kw_only=kw_only, slots=slots, weakref_slot=weakref_slot)(cls)  # fmt: skip
+        new = dataclasses.dataclass(
+            init=init,
+            repr=False,
+            eq=eq,
+            order=order,
+            unsafe_hash=unsafe_hash,
+            match_args=match_args,
+            kw_only=kw_only,
+            slots=slots,
+            weakref_slot=weakref_slot,
+        )(cls)
         if issubclass(new, Pytree):
             new._pytree__declared = _declared(new)
         return new

@@ -55,8 +55,14 @@ def flatten_to_sequence(
     return found
 
 
-def flatten_mapping(xs: Mapping, /, *, keep_empty_nodes: bool = False,
-                    is_leaf: Callable[[Path, Any], bool] | None = None, sep: str | None = None) -> dict[Any, Any]:  # fmt: skip
+def flatten_mapping(
+    xs: Mapping,
+    /,
+    *,
+    keep_empty_nodes: bool = False,
+    is_leaf: Callable[[Path, Any], bool] | None = None,
+    sep: str | None = None,
+) -> dict[Any, Any]:
     """Nested mapping to `{path: value}`, or to `{joined path: value}` with `sep`.
 
     >>> flatten_mapping({"a": {"b": 1}}, sep="/")
