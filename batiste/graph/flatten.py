@@ -41,7 +41,7 @@ class ObjectDef(NamedTuple):
 
 
 class VariableDef(NamedTuple):
-    """A Variable; `ref` is the number of the `jax.Ref` that it holds. If that was met before (SHARED), there is no leaf."""
+    """A Variable; `ref` is the number of the `jax.Ref` in it. If that was met before (SHARED), there is no leaf."""
 
     tag: int
     type: type
@@ -86,7 +86,7 @@ LEAF_DEF = LeafDef(LEAF)
 
 
 class Settings:
-    """Static attributes: compared by value *and type* (1 is not True), hashed when first asked; lists count as tuples."""
+    """Static attributes: compared by value *and type* (1 is not True; lists equal tuples), hashed when first asked."""
 
     __slots__ = ("names", "values", "_key", "_hash")
 
@@ -113,9 +113,12 @@ class Settings:
             try:
                 hash(comparable(value))
             except TypeError as error:
-                return StaticError(f"static attribute '{name}' cannot be hashed", got=f"{type(value).__name__} ({error})",
-                                   expected="a value with __hash__ and __eq__",
-                                   fix=f"make it hashable, or mark it as data: self.{name} = nnx.data(...)")  # fmt: skip
+                return StaticError(
+                    f"static attribute '{name}' cannot be hashed",
+                    got=f"{type(value).__name__} ({error})",
+                    expected="a value with __hash__ and __eq__",
+                    fix=f"make it hashable, or mark it as data: self.{name} = nnx.data(...)",
+                )
         return StaticError("static attributes cannot be hashed")
 
     def __eq__(self, other):
@@ -408,7 +411,7 @@ class _Walk:
         return index
 
     def met_again(self, x: Any, path: Path) -> RefDef:
-        index, label, first = self.seen[id(x)]
+        index, _, first = self.seen[id(x)]
         if not self.graph:
             raise duplicate_error(x, [first, path], self.what)
         return RefDef(REF, index)
@@ -501,7 +504,7 @@ class _Walk:
     # ------------------------------------------------------------ any value
     def value(self, x: Any, path: Path) -> Any:
         kind = _kind_of(x)
-        if kind == _IS_VARIABLE or kind == _IS_REF:
+        if kind == _IS_VARIABLE:
             return self.variable(x, path)
         if kind == _IS_OBJECT:
             return self.object(x, path)
@@ -513,7 +516,9 @@ class _Walk:
                 return self.variable(x, path)
             self.leaf(x, path)
             return LEAF_DEF
-        if kind == _IS_NUMBER or kind == _IS_OTHER:
+        if kind == _IS_REF:
+            return self.variable(x, path)
+        if kind in (_IS_NUMBER, _IS_OTHER):
             if not path or (not self.graph and kind == _IS_NUMBER):
                 self.leaf(x, path)
                 return LEAF_DEF
@@ -569,14 +574,19 @@ def _kind_name(x: Any) -> str:
 
 def inconsistent_error(x: Any, places: list[tuple[Path, Any]]) -> AliasError:
     lines = "\n".join(f"  {show_path(path)}: {label}" for path, label in places)
-    return AliasError(f"Inconsistent aliasing detected: one and the same {_kind_name(x)} has different prefixes:\n{lines}\n",
-                      fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)")  # fmt: skip
+    return AliasError(
+        f"Inconsistent aliasing detected: one and the same {_kind_name(x)} has different prefixes:\n{lines}\n",
+        fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)",
+    )
 
 
 def no_tree_error(x: Any, path: Path, what: str) -> StructureError:
     where = f"with {what!r} " if what else ""
-    return StructureError(f"Cannot use graph=False {where}on a {type(x).__name__!r} instance, which has pytree=False. Found at path "
-                          f"{show_path(path)}", fix="pass graph=True")  # fmt: skip
+    return StructureError(
+        f"Cannot use graph=False {where}on a {type(x).__name__!r} instance, which has pytree=False. Found at path "
+        f"{show_path(path)}",
+        fix="pass graph=True",
+    )
 
 
 def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
@@ -585,7 +595,10 @@ def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
     if what:
         text += (f"Without graph updates, nnx.{what} does not support Variable aliasing: it can take an object once, "
                  "and cannot hand an input out again.\n")  # fmt: skip
-        fix = f"remove the duplicate, pass a copy (nnx.clone), or use nnx.{what}(..., graph=True, graph_updates=True) or nnx.compat.{what}"
+        fix = (
+            "remove the duplicate, pass a copy (nnx.clone), "
+            f"or use nnx.{what}(..., graph=True, graph_updates=True) or nnx.compat.{what}"
+        )
     else:
         text += "A tree (graph=False) does not support shared references.\n"
         fix = "remove the duplicate, or pass graph=True"
@@ -605,10 +618,10 @@ jax.tree_util.register_pytree_node(_Unchanged, lambda _: ((), None), lambda *_: 
 
 def unflatten_graph(root: Any, leaves: Iterable[Any], *, reuse: Mapping[int, Any] | None = None, copy: bool = False,
                     recreate: bool = True):  # fmt: skip
-    """Returns `(object, objects by number)`: objects whose number is in `reuse` are rebuilt in place, the rest are made.
+    """Returns `(object, objects by number)`: objects whose number is in `reuse` are rebuilt in place, others are made.
 
-    A leaf that is a Variable becomes part of the new object as it is, unless `copy` is set; a plain value gets a Variable
-    around it where one stood, unless `recreate` is False.
+    A leaf that is a Variable becomes part of the new object as it is, unless `copy` is set; a plain value gets a
+    Variable around it where one stood, unless `recreate` is False.
     """
     build = _Build(leaves, reuse, copy, recreate)
     return build.value(root), build.objects
@@ -624,8 +637,8 @@ class _Build:
 
     def value(self, d: Any) -> Any:
         tag = d[0]
-        if tag == VARIABLE or tag == SHARED:
-            return self.variable(d)
+        if tag == VARIABLE:
+            return self.variable(d, next(self.leaves))
         if tag == OBJECT:
             return self.object(d)
         if tag == LEAF:
@@ -637,6 +650,8 @@ class _Build:
             return d.setting.values[0]
         if tag == REF:
             return self.met(d.index)
+        if tag == SHARED:
+            return self.variable(d, self.met(d.ref))
         old = self.reuse.get(d.index) if self.reuse else None
         x = next(self.leaves)
         if isinstance(x, jax.Array) and not is_ref(x):  # a new Ref came out of a transform by its value
@@ -647,8 +662,7 @@ class _Build:
     def met(self, index: int) -> Any:
         return self.objects[index] if index in self.objects else self.reuse[index]  # type: ignore[index]
 
-    def variable(self, d: VariableDef) -> Variable:
-        new = next(self.leaves) if d.tag == VARIABLE else self.met(d.ref)  # type: ignore[arg-type]
+    def variable(self, d: VariableDef, new: Any) -> Variable:
         old = self.reuse.get(d.index) if self.reuse else None
         if old is not None:
             if new is not UNCHANGED:

@@ -74,9 +74,8 @@ def specs_of(args: Sequence[Any], chosen: dict[int, Any]) -> list[Any]:
 class _Shown(_Build):
     """Builds objects around gradients; a Variable without one is None."""
 
-    def variable(self, d: Any) -> Any:
-        value = next(self.leaves)
-        made = None if value is None else d.type._new(value, dict(d.metadata.items), d.metadata, self.trace)
+    def variable(self, d: Any, new: Any) -> Any:
+        made = None if new is None else d.type._new(new, dict(d.metadata.items), d.metadata, self.trace)
         self.objects[d.index] = made
         return made
 
