@@ -7,7 +7,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StateSharding(Rules):
-    """Shardings of a module's Variables by filter, the first that matches: `StateSharding({Param: P("data"), ...: None})`."""
+    """A module's shardings, by the first filter that matches: `StateSharding({Param: P("data"), ...: None})`."""
 
     def __init__(self, filter_sharding, /):
         super().__init__(filter_sharding)
@@ -36,9 +36,9 @@ class Way:
     """The label of jit: where a value lives, and whether its buffer is given away. Equal ones are one object."""
 
     __slots__ = ("donated", "sharding")
-    _known: dict[tuple[Any, bool], Way] = {}
+    _known: ClassVar[dict[tuple[Any, bool], Any]] = {}
 
-    def __new__(cls, sharding: Any, donated: bool) -> Way:
+    def __new__(cls, sharding: Any, donated: bool) -> Self:
         known = cls._known.get((sharding, donated))
         if known is None:
             known = cls._known[sharding, donated] = object.__new__(cls)
@@ -78,7 +78,8 @@ def refuse_bound_method(f: Any, name: str) -> None:
     if inspect.ismethod(f) and is_root(f.__self__):
         raise ArgumentError(
             f"nnx.{name} does not support bound methods",
-            fix=f"use the decorator form @nnx.{name}, or call nnx.{name}(MyClass.method)(instance, ...) with the unbound method",
+            fix=f"use the decorator form @nnx.{name}, or call nnx.{name}(MyClass.method)(instance, ...) with the "
+            "unbound method",
         )
 
 
@@ -150,8 +151,18 @@ class Arguments:
 class JitWrapped:
     """A function of live objects, compiled. Calling it writes updates of Variables back into its arguments."""
 
-    def __init__(self, fun: Callable, mode: Mode, in_shardings: Any = None, out_shardings: Any = None, static_argnums: Any = None,
-                 static_argnames: Any = None, donate_argnums: Any = None, donate_argnames: Any = None, **options: Any):  # fmt: skip
+    def __init__(
+        self,
+        fun: Callable,
+        mode: Mode,
+        in_shardings: Any = None,
+        out_shardings: Any = None,
+        static_argnums: Any = None,
+        static_argnames: Any = None,
+        donate_argnums: Any = None,
+        donate_argnames: Any = None,
+        **options: Any,
+    ):
         refuse_bound_method(fun, mode.name)
         functools.update_wrapper(self, fun)
         self.fun, self.mode, self.options = fun, mode, options
@@ -308,7 +319,7 @@ class Stage:
 
 
 def _comes_back(way: Any) -> bool:
-    """A donated buffer is gone, and a value that is sharded here stays where it was put: both come back unchanged or not."""
+    """A donated buffer is gone, a value sharded here stays where it was put: both come back, unchanged or not."""
     return way is not ANY and (way.donated or way.sharding is not None)
 
 
@@ -326,14 +337,16 @@ def refuse_rules(mode: Mode, **prefixes: Any) -> None:
         for spec in jax.tree.leaves(prefix, is_leaf=lambda x: isinstance(x, Rules) or is_root(x)):
             if isinstance(spec, Variable):
                 raise ArgumentError(
-                    f"Found Variable of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Variables prefixes are not "
-                    "supported", fix="give one label for the whole Variable, not a Variable around a label",
-                )  # fmt: skip
+                    f"Found Variable of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Variables prefixes "
+                    "are not supported",
+                    fix="give one label for the whole Variable, not a Variable around a label",
+                )
             if is_root(spec) and mode.live:
                 raise ArgumentError(
-                    f"Found a graph node of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Graph nodes are not "
-                    "allowed as prefixes when `graph=True` and `graph_updates=True`",
-                    fix=f"use StateAxes, StateSharding or DiffState there, or nnx.{mode.name}(..., graph_updates=False)",
+                    f"Found a graph node of type {type(spec).__name__} in `{name}` for nnx.{mode.name}. Graph nodes "
+                    "are not allowed as prefixes when `graph=True` and `graph_updates=True`",
+                    fix="use StateAxes, StateSharding or DiffState there, "
+                    f"or nnx.{mode.name}(..., graph_updates=False)",
                 )
             if isinstance(spec, Rules) and not mode.live:
                 kind = type(spec).__name__
@@ -344,11 +357,23 @@ def refuse_rules(mode: Mode, **prefixes: Any) -> None:
                 )
 
 
-def jit(fun: Any = MISSING, *, in_shardings: Any = None, out_shardings: Any = None, static_argnums: int | Sequence[int] | None = None,
-        static_argnames: str | Sequence[str] | None = None, donate_argnums: int | Sequence[int] | None = None,
-        donate_argnames: str | Sequence[str] | None = None, keep_unused: bool = False, device: Any = None, backend: str | None = None,
-        inline: bool = False, graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
-    """`jax.jit` for functions of live objects: updates of their Variables, and of their structure, come back to the caller.
+def jit(
+    fun: Any = MISSING,
+    *,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+    keep_unused: bool = False,
+    device: Any = None,
+    backend: str | None = None,
+    inline: bool = False,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
+) -> Any:
+    """`jax.jit` for functions of live objects: updates of their Variables and of their structure come back.
 
     Args:
         in_shardings, out_shardings: prefixes; `StateSharding` may stand for a module.
@@ -364,10 +389,21 @@ def jit(fun: Any = MISSING, *, in_shardings: Any = None, out_shardings: Any = No
     if backend is not None:
         options["backend"] = backend
     if fun is MISSING:
-        return functools.partial(jit, in_shardings=in_shardings, out_shardings=out_shardings, static_argnums=static_argnums,
-                                 static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames,
-                                 keep_unused=keep_unused, device=device, backend=backend, inline=inline, graph=graph,
-                                 graph_updates=graph_updates)  # fmt: skip
+        return functools.partial(
+            jit,
+            in_shardings=in_shardings,
+            out_shardings=out_shardings,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+            keep_unused=keep_unused,
+            device=device,
+            backend=backend,
+            inline=inline,
+            graph=graph,
+            graph_updates=graph_updates,
+        )
     mode = Mode.of("jit", graph, graph_updates)
     return JitWrapped(
         fun,

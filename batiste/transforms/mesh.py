@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Set
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from batiste.graph.variable import MISSING
 from .compile import refuse_bound_method, refuse_rules
 
 
-def shard_map(f: Any = MISSING, *, mesh: Any, in_specs: Any, out_specs: Any, axis_names: Set[Any] = frozenset(),
+def shard_map(f: Any = MISSING, *, mesh: Any, in_specs: Any, out_specs: Any, axis_names: AbstractSet[Any] = frozenset(),
               check_vma: bool = True, graph: bool | None = None, graph_updates: bool | None = None) -> Any:  # fmt: skip
     """`jax.shard_map` for functions of live objects: inside, each Variable holds the device's own part.
 
