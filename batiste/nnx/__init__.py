@@ -15,22 +15,23 @@ from batiste.graph import Variable
 
 _HOMES = {
     "batiste.graph": """
-        All Any BatchStat Cache Data Dict Everything FlatState GraphDef GraphState Intermediate List Module Not Nothing Object
-        OfType Param PathContains Perturbation Pytree Sequential State Static Variable VariableMetadata WithTag as_pure
-        check_pytree clone data dataclass diff filter_state find_duplicates from_flat_state graphdef has_data is_data
-        iter_children iter_graph iter_module_children iter_modules map map_state merge merge_state pop pure recursive_map
-        register_data_type register_variable_name replace_by_pure_dict restore_int_paths set_graph_mode set_graph_updates
-        set_metadata split split_state state static to_flat_state to_pure_dict unpack update use_eager_sharding
-        using_eager_sharding variable_name_from_type variable_type_from_name variables first_from""",
+        All Any BatchStat Cache Data Dict Everything FlatState GraphDef GraphState Intermediate List Module Not
+        Nothing Object OfType Param PathContains Perturbation Pytree Sequential State Static Variable
+        VariableMetadata WithTag as_pure check_pytree clone data dataclass diff filter_state find_duplicates
+        from_flat_state graphdef has_data is_data iter_children iter_graph iter_module_children iter_modules map
+        map_state merge merge_state pop pure recursive_map register_data_type register_variable_name
+        replace_by_pure_dict restore_int_paths set_graph_mode set_graph_updates set_metadata split split_state
+        state static to_flat_state to_pure_dict unpack update use_eager_sharding using_eager_sharding
+        variable_name_from_type variable_type_from_name variables first_from""",
     "batiste.graph.variable": "LostUpdateWarning",
     "batiste.graph.rng": "Rngs RngCount RngKey RngState RngStream",
     "batiste.graph.restream": "backup_keys fork_rngs reseed restore_rngs split_rngs with_rngs",
-    "batiste.graph.split": "call",
+    "batiste.graph.split": "A M call",  # type variables that leak out of Flax, and that annotations of programs use
     "batiste.graph.walk": "vars_as with_vars",
     "batiste.graph.backing": "var_defaults",
     "batiste.graph.passing": """
-        MergeContext NodeStates SplitContext UpdateContext current_update_context flatten from_tree merge_context split_context
-        to_tree unflatten update_context""",
+        MergeContext NodeStates SplitContext UpdateContext current_update_context flatten from_tree merge_context
+        split_context to_tree unflatten update_context""",
     "batiste.sharding": """
         PARTITION_NAME abstract_with_sharding as_abstract get_abstract_model get_named_sharding get_partition_spec
         logical_axis_rules with_partitioning with_sharding_constraint""",
@@ -46,12 +47,12 @@ _HOMES = {
     "batiste.transforms.remat": "remat",
     "batiste.transforms.trace": "checkify eval_shape make_jaxpr",
     "batiste.nn": """
-        BatchNorm Bidirectional Conv ConvTranspose Dropout Einsum Embed GRUCell GroupNorm InstanceNorm LSTMCell LayerNorm
-        Linear LinearGeneral LoRA LoRALinear LoRAParam MultiHeadAttention OptimizedLSTMCell PReLU RMSNorm RNN RNNCellBase
-        SimpleCell SpectralNorm WeightNorm avg_pool celu combine_masks dot_product_attention elu gelu glu hard_sigmoid
-        hard_silu hard_swish hard_tanh identity initializers leaky_relu log_sigmoid log_softmax logsumexp
-        make_attention_mask make_causal_mask max_pool min_pool one_hot pool relu relu6 selu sigmoid silu soft_sign softmax
-        softplus standardize swish tanh""",
+        BatchNorm Bidirectional Conv ConvTranspose Dropout Einsum Embed GRUCell GroupNorm InstanceNorm LSTMCell
+        LayerNorm Linear LinearGeneral LoRA LoRALinear LoRAParam MultiHeadAttention OptimizedLSTMCell PReLU RMSNorm
+        RNN RNNCellBase SimpleCell SpectralNorm WeightNorm avg_pool celu combine_masks dot_product_attention elu
+        gelu glu hard_sigmoid hard_silu hard_swish hard_tanh identity initializers leaky_relu log_sigmoid
+        log_softmax logsumexp make_attention_mask make_causal_mask max_pool min_pool one_hot pool relu relu6 selu
+        sigmoid silu soft_sign softmax softplus standardize swish tanh""",
     "batiste.nn.initializers": "Initializer",
     "batiste.training.ema": "EMA",
     "batiste.training.metrics": "Accuracy Average Metric MetricState MultiMetric Statistics Welford",
@@ -74,10 +75,6 @@ _MODULES = {
     "traversals": "batiste.nnx.traversals", "variablelib": "batiste.nnx.variablelib",
     "visualization": "batiste.nnx.visualization",
 }  # fmt: skip
-
-# Names that leak out of Flax's implementation, which type annotations of programs use.
-A = typing.TypeVar("A")
-M = typing.TypeVar("M")
 
 
 def __getattr__(name: str) -> typing.Any:

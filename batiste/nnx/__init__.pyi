@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `batiste.nnx` offers, for type checkers; the table in `__init__.py` is the source."""
-
-from typing import TypeVar
+# What `batiste.nnx` offers, for type checkers; the table in `__init__.py` is the source.
 
 from batiste.debug.show import display as display
 from batiste.debug.summary import tabulate as tabulate
@@ -100,6 +98,8 @@ from batiste.graph.rng import RngKey as RngKey
 from batiste.graph.rng import Rngs as Rngs
 from batiste.graph.rng import RngState as RngState
 from batiste.graph.rng import RngStream as RngStream
+from batiste.graph.split import A as A
+from batiste.graph.split import M as M
 from batiste.graph.split import call as call
 from batiste.graph.variable import LostUpdateWarning as LostUpdateWarning
 from batiste.graph.walk import vars_as as vars_as
@@ -241,7 +241,7 @@ from batiste.transforms.trace import checkify as checkify
 from batiste.transforms.trace import eval_shape as eval_shape
 from batiste.transforms.trace import make_jaxpr as make_jaxpr
 
-A = TypeVar("A")
-M = TypeVar("M")
 PureState = tuple
 VariableState = Variable
+graph = graphlib
+object = pytreelib
