@@ -9,7 +9,42 @@ from typing import Any
 
 from batiste import nnx
 
-_NAMES: list[str] = ["backup_keys", "cached_partial", "checkify", "clone", "cond", "custom_vjp", "eval_shape", "flatten", "fori_loop", "fork_rngs", "get_abstract_model", "grad", "graphdef", "iter_children", "iter_graph", "iter_modules", "jit", "jvp", "pmap", "recursive_map", "remat", "reseed", "scan", "shard_map", "split", "split_rngs", "state", "switch", "value_and_grad", "view", "view_info", "vjp", "vmap", "while_loop"]  # type: ignore[assignment]
+_NAMES: list[str] = [
+    "backup_keys",
+    "cached_partial",
+    "checkify",
+    "clone",
+    "cond",
+    "custom_vjp",
+    "eval_shape",
+    "flatten",
+    "fori_loop",
+    "fork_rngs",
+    "get_abstract_model",
+    "grad",
+    "graphdef",
+    "iter_children",
+    "iter_graph",
+    "iter_modules",
+    "jit",
+    "jvp",
+    "pmap",
+    "recursive_map",
+    "remat",
+    "reseed",
+    "scan",
+    "shard_map",
+    "split",
+    "split_rngs",
+    "state",
+    "switch",
+    "value_and_grad",
+    "view",
+    "view_info",
+    "vjp",
+    "vmap",
+    "while_loop",
+]
 
 __all__ = _NAMES  # type: ignore[reportUnsupportedDunderAll]
 

@@ -62,8 +62,10 @@ def view(
                 if taken is None:
                     unused -= set(given) - set(left or ())
     if unused and raise_if_not_found:
-        raise ArgumentError(f"Unused keys found in nnx.view: {sorted(unused)}",
-                            fix="nnx.view_info(model) lists the options; raise_if_not_found=False ignores others")  # fmt: skip
+        raise ArgumentError(
+            f"Unused keys found in nnx.view: {sorted(unused)}",
+            fix="nnx.view_info(model) lists the options; raise_if_not_found=False ignores others",
+        )
     return new
 
 
@@ -138,8 +140,15 @@ def _documented(doc: str) -> dict[str, list[str]]:
     return found
 
 
-def with_metadata(initializer: F, on_set_value: Any = (), on_get_value: Any = (), on_create_value: Any = (), on_add_axis: Any = (),
-                  on_remove_axis: Any = (), **metadata: Any) -> F:  # fmt: skip
+def with_metadata(
+    initializer: F,
+    on_set_value: Any = (),
+    on_get_value: Any = (),
+    on_create_value: Any = (),
+    on_add_axis: Any = (),
+    on_remove_axis: Any = (),
+    **metadata: Any,
+) -> F:
     """An initialiser whose values carry metadata and hooks into the Variable that is made of them."""
 
     @functools.wraps(initializer)
@@ -155,13 +164,14 @@ def with_metadata(initializer: F, on_set_value: Any = (), on_get_value: Any = ()
 def capture(
     fn: Any, *var_types: type[Variable], init: State | None = None, method_outputs: type[Variable] | None = None
 ) -> Callable:
-    """A function that calls `fn` and returns `(result, *states)`: what `sow` and `perturb` recorded, one State per type.
+    """A function that calls `fn` and returns `(result, *states)`: what `sow` and `perturb` recorded, a State per type.
 
     Args:
         fn: a module, a bound method of one, or a function that gets modules as arguments.
         init: values to begin with, such as perturbations to differentiate by.
         method_outputs: also record what each method of each module returns, as this type.
 
+    >>> from batiste.graph import Intermediate
     >>> class Layer(Module):
     ...     def __call__(self, x):
     ...         self.sow(Intermediate, "doubled", 2 * x)

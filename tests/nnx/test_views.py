@@ -51,7 +51,7 @@ def test_a_view_shares_variables_and_has_its_own_modes():
 
 
 def test_an_option_that_nobody_takes_is_an_error():
-    with pytest.raises(ValueError, match="Unused keys.*no_such"):
+    with pytest.raises(ValueError, match=r"Unused keys.*no_such"):
         nnx.view(Pair(), no_such=1)
     assert nnx.view(Pair(), no_such=1, raise_if_not_found=False).gates[0].open is False
 
