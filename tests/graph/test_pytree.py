@@ -14,8 +14,11 @@ class Empty(nnx.Module):
     pass
 
 
-@pytest.mark.parametrize(("value", "expected"), [(1, False), (np.ones(1), True), (jnp.ones(1), True), (None, False), ("a", False),
-    ([1], False), (lambda x: x, False), (jax.random.key(0), True), (np.float32(1), False)])  # fmt: skip
+SETTINGS = [1, None, "a", [1], lambda x: x, np.float32(1)]
+ARRAYS = [np.ones(1), jnp.ones(1), jax.random.key(0)]
+
+
+@pytest.mark.parametrize(("value", "expected"), [*((x, False) for x in SETTINGS), *((x, True) for x in ARRAYS)])
 def test_data_is_recognised(value, expected):
     m = Empty()
     m.x = value
@@ -76,11 +79,11 @@ def test_slots_are_refused():
 
 
 def test_an_object_is_no_pytree_but_a_graph():
-    class O(nnx.Object):
+    class Parts(nnx.Object):
         def __init__(self):
             self.parts = [nnx.Param(1), {"a": nnx.Param(2)}]
 
-    o = O()
+    o = Parts()
     assert jax.tree.leaves(o) == [o]
     assert nnx.to_flat_state(nnx.state(o)).paths == (("parts", 0), ("parts", 1, "a"))
 

@@ -60,10 +60,17 @@ def zoo(lib: Any) -> dict[str, Any]:
             self.words = ("a", 1)
 
     return {
-        "layer": Layer(2, 3), "nothing": Nothing(), "stack": Stack(), "shared": Shared(), "cycle": Cycle(), "mixed": Mixed(),
-        "plain": Plain(), "variable": lib.Param(jnp.ones(2)), "tree": {"a": [Layer(2, 2)], "b": (jnp.ones(3),)},
+        "layer": Layer(2, 3),
+        "nothing": Nothing(),
+        "stack": Stack(),
+        "shared": Shared(),
+        "cycle": Cycle(),
+        "mixed": Mixed(),
+        "plain": Plain(),
+        "variable": lib.Param(jnp.ones(2)),
+        "tree": {"a": [Layer(2, 2)], "b": (jnp.ones(3),)},
         "rngs": lib.Rngs(3, dropout=4),
-    }  # fmt: skip
+    }
 
 
 NAMES = ("layer", "nothing", "stack", "shared", "cycle", "mixed", "plain", "variable", "tree", "rngs")
