@@ -178,8 +178,12 @@ class Variable(Generic[A], metaclass=VariableMeta):
         slot(self, "_home", None)
         slot(self, "_raw_value", value)
         if any(name in metadata for name in HOOKS):
-            warnings.warn("Variable hooks are deprecated: make a Variable type of your own that overrides get_value and "
-                          "set_value.", UserWarning, stacklevel=3)  # fmt: skip
+            warnings.warn(
+                "Variable hooks are deprecated: make a Variable type of your own that overrides get_value and "
+                "set_value.",
+                UserWarning,
+                stacklevel=3,
+            )
         value = self.create_value(value)  # type: ignore[arg-type]
         if metadata["eager_sharding"] and metadata.get("out_sharding") is not None:
             value = place(value, metadata)
@@ -195,9 +199,11 @@ class Variable(Generic[A], metaclass=VariableMeta):
     def _check_can_update(self) -> None:
         if self._trace_state != current_trace():
             raise TraceContextError(
-                f"Cannot mutate {type(self).__name__} from a different trace level", at=_path_of(self),
-                fix="pass the module that holds it to the transformed function as an argument, or use a batiste transform",
-            )  # fmt: skip
+                f"Cannot mutate {type(self).__name__} from a different trace level",
+                at=_path_of(self),
+                fix="pass the module that holds it to the transformed function as an argument, "
+                "or use a batiste transform",
+            )
 
     def create_value(self, value: A) -> A:
         """What is stored when the Variable is made from `value`; override it to store something else."""
@@ -329,7 +335,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         return default
 
     def set_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """`set_metadata(name, value)` and `set_metadata(a=1, b=2)` change entries; `set_metadata({...})` replaces all."""
+        """`set_metadata(name, value)` and `set_metadata(a=1)` change entries; `set_metadata({...})` replaces all."""
         self._check_can_update()
         metadata = self._var_metadata
         if (args and kwargs) or len(args) > 2:
@@ -459,7 +465,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         return getattr(self.get_value(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("value", "raw_value") or name in ("_raw_value", "_trace_state", "_var_metadata", "_frozen", "_home"):
+        if name in ("value", "raw_value", "_raw_value", "_trace_state", "_var_metadata", "_frozen", "_home"):
             object.__setattr__(self, name, value)
         else:
             raise AttributeError(f"Cannot set attribute {name} of a {type(self).__name__}: metadata are set by "
@@ -685,11 +691,12 @@ def _written_far_from_home(variable: Variable) -> None:
 
 def _warn_lost(kind: str, path: str) -> None:
     warnings.warn(
-        f"an update of the {kind} at '{path}' was lost: it was written inside a plain JAX transform that got the module as a "
-        "pytree and did not return it.\n  Fix: return the module (or its state) from the function, or use the transform of "
-        "the same name in batiste.nnx, which writes updates back.",
-        LostUpdateWarning, stacklevel=2,
-    )  # fmt: skip
+        f"an update of the {kind} at '{path}' was lost: it was written inside a plain JAX transform that got the "
+        "module as a pytree and did not return it.\n  Fix: return the module (or its state) from the function, "
+        "or use the transform of the same name in batiste.nnx, which writes updates back.",
+        LostUpdateWarning,
+        stacklevel=2,
+    )
 
 
 class LostUpdateWarning(UserWarning):
@@ -713,7 +720,8 @@ def register_variable_name(name: str, typ: Any = MISSING, *, overwrite: bool = F
         return lambda cls: register_variable_name(name, cls, overwrite=overwrite)
     if name in _types_by_name and not overwrite:
         raise ValueError(
-            f"Name {name} already mapped to type {_types_by_name[name].__name__}: choose another, or pass overwrite=True."
+            f"Name {name} already mapped to type {_types_by_name[name].__name__}: choose another, "
+            "or pass overwrite=True."
         )
     _types_by_name[name] = typ
     return typ
