@@ -12,15 +12,16 @@ import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from .boundary import Boundary, Note, is_root, write_back
+from .epoch import Epoch
 from .errors import BatisteError
 from .flatten import comparable
 from .jaxcompat import current_trace
-from .variable import Epoch, Variable
+from .variable import Variable
 
 _set = Variable._raw_value.__set__  # type: ignore[attr-defined]
 _drain = deque(maxlen=0).extend
@@ -57,6 +58,14 @@ def _watch_setting(value: Any) -> Callable[[], bool]:
     return lambda: comparable(value) == contents
 
 
+class Landing(NamedTuple):
+    """Where the results of a program go: per group the Variables that come first, and per result (group, position)."""
+
+    note: Note
+    targets: list[list[Variable]]
+    places: list[tuple[int, int]]
+
+
 class Plan:
     """The flattening of one call: `program` runs it, `gather` reads its inputs and `scatter` writes its results."""
 
@@ -86,9 +95,7 @@ class Plan:
         for part in crossing.order:
             variables = [flat.leaves[n] for n in part if n not in self.sources]
             self.groups.append((variables, [self.sources[n] for n in part[len(variables) :]]))
-        self.note: Note | None = None
-        self.targets: list[list[Variable]] = []
-        self.out_order: list[tuple[int, int]] = []
+        self.landing: Landing | None = None  # of the latest note; replaced whole, for threads may share a plan
 
     def takes(self, args: tuple) -> bool:
         """Whether these arguments are the leaves themselves, and the plan describes them: the shortest way."""
@@ -121,34 +128,33 @@ class Plan:
 
     def scatter(self, groups: Sequence[Sequence[Any]], note: Note, leaves: Sequence[Any]) -> Any:
         """Writes the results into the same objects; returns the function's result."""
-        if note is not self.note:
-            self.learn(note)
+        landing = self.landing
+        if landing is None or landing.note is not note:
+            landing = self.landing = self.learn(note)
         if not note.plain:
             objects = {i: ref() for i, ref in self.objects.items()}
             entry = [x if x is not None else self.sources[n](leaves) for n, x in enumerate(self.leaves)]
-            values = [groups[g][i] for g, i in self.all_order]
-            return write_back(note, values, entry, objects)
-        for targets, values in zip(self.targets, groups):
+            return write_back(note, [groups[g][i] for g, i in landing.places], entry, objects)
+        for targets, values in zip(landing.targets, groups):
             _drain(map(_set, targets, values))
         if len(groups) == 1:
-            return note.out.treedef.unflatten(groups[0][len(self.targets[0]) :])
-        return note.out.treedef.unflatten([groups[g][i] for g, i in self.out_order])
+            return note.out.treedef.unflatten(groups[0][len(landing.targets[0]) :])
+        return note.out.treedef.unflatten([groups[g][i] for g, i in landing.places[len(note.changed) :]])
 
-    def learn(self, note: Note) -> None:
-        """Where the parts of the results go: the first of each group are values of Variables."""
-        counts, self.all_order = [0] * len(self.labels), []
+    def learn(self, note: Note) -> Landing:
+        """Where the parts of the results go; the first of each group are values of Variables."""
+        counts, places = [0] * len(self.labels), []
         where = {label: g for g, label in enumerate(self.labels)}
-        self.targets = [[] for _ in self.labels]
+        targets: list[list[Variable]] = [[] for _ in self.labels]
         for n, label in enumerate(note.labels):
             g = where[label]
-            self.all_order.append((g, counts[g]))
+            places.append((g, counts[g]))
             counts[g] += 1
             if n < len(note.changed):
                 target: Variable = self.leaves[note.changed[n]]  # type: ignore[assignment]
                 target._check_can_update()  # once for all calls: a plan stays at the trace level it was made at
-                self.targets[g].append(target)
-        self.out_order = self.all_order[len(note.changed) :]
-        self.note = note
+                targets[g].append(target)
+        return Landing(note, targets, places)
 
     def check(self, boundary: Boundary) -> None:
         """Compares the plan with a fresh walk.

@@ -2,6 +2,7 @@
 """jit over live objects: what comes back, what is refused, and what a plan remembers."""
 
 import gc
+import threading
 import weakref
 
 import jax
@@ -13,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from batiste import nnx
 from batiste.graph.config import config
+from batiste.graph.epoch import Epoch
 from batiste.graph.errors import AliasError, TraceContextError
 from batiste.graph.plan import StalePlanError
-from batiste.graph.variable import Epoch
 
 MODES = [
     dict(graph=True, graph_updates=True),
@@ -373,3 +374,19 @@ def test_a_tied_weight_takes_the_label_of_its_first_path():
     layer.tied = layer.kernel
     grads = nnx.grad(lambda m: (m.kernel * m.tied).sum(), argnums=nnx.DiffState(0, nnx.PathContains("kernel")))(layer)
     np.testing.assert_array_equal(grads["kernel"][...], 2 * layer.kernel[...])
+
+
+def test_threads_share_a_function():
+    f = nnx.jit(lambda m, x: m.count.set_value(m.count + x.shape[0]) or m.kernel * x.sum())
+    layers = [Layer() for _ in range(4)]
+
+    def work(layer):
+        for i in range(30):
+            f(layer, jnp.ones(1 + i % 2))
+
+    threads = [threading.Thread(target=work, args=(layer,)) for layer in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [int(layer.count[...]) for layer in layers] == [45] * 4
