@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +14,32 @@ from .errors import RngError
 from .variable import Variable
 
 V = TypeVar("V", bound=Variable)
+
+_describing = contextvars.ContextVar("describing", default=False)
+
+
+class Recipe:
+    """A value that is not made yet: its shape and dtype are known, its numbers are not.
+
+    Args:
+        init: the initialiser `(key, shape, dtype) -> array`.
+        random: whether it is given a key.
+    """
+
+    __slots__ = ("init", "shape", "dtype", "random")
+
+    def __init__(self, init: Callable[..., Any], shape: tuple[int, ...], dtype: Any, random: bool):
+        self.init, self.shape, self.dtype, self.random = init, tuple(shape), jax.numpy.dtype(dtype), random
+
+
+@contextlib.contextmanager
+def describing() -> Iterator[None]:
+    """Inside, `make` makes no values: a Variable holds the `Recipe` of its value."""
+    token = _describing.set(True)
+    try:
+        yield
+    finally:
+        _describing.reset(token)
 
 
 def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype: Any,
@@ -27,7 +55,13 @@ def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype:
         RngError: `stream` is no stream of keys.
     """
     if stream is not None and not callable(stream):
-        raise RngError("a variable needs a random stream to be drawn from", got=type(stream).__name__, expected="nnx.Rngs",
-                       fix="pass rngs=nnx.Rngs(0)")  # fmt: skip
+        raise RngError(
+            "a variable needs a random stream to be drawn from",
+            got=type(stream).__name__,
+            expected="nnx.Rngs",
+            fix="pass rngs=nnx.Rngs(0)",
+        )
+    if _describing.get():
+        return kind(Recipe(init, shape, dtype, stream is not None), **metadata)
     key = None if stream is None else stream()
     return kind(init(key, shape, dtype), **metadata)

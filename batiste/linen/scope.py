@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scopes: where the variables and random streams of a functional model live during one call.
+
+A Scope is a graph object. Its parts are Variables by collection and name, and the scopes of its submodules. What all
+scopes of a call share (the keys, what may be written, flags) is their `Frame`, which is a graph object too:
+
+    variables (dict)  --Scope(...)-->  Scope  --functions of a scope-->  Scope  --mutable_variables()-->  dict
+
+How a scope crosses a transform: hand it to the core's transform like any other module, `vmap(f)(scope, *args)`.
+Collections are told apart by the type of their Variables (`Variable.collection`), so `variable_axes` is a rule on that
+name; the keys are the `RngKey`s in `frame.rngs`, whose `tag` is the stream's name, so `split_rngs` is a rule on the tag,
+and `frame.folded` says how much of the path has gone into a key already. New variables and scopes are a structural change
+like any other and come back by the same rules. A Variable whose value is a mapping is a subtree which no submodule has
+asked for yet; `push` opens it by one level, so that a transform carries unopened parts along as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from batiste.errors import (
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
+    InvalidFilterError,
+    InvalidRngError,
+    InvalidScopeError,
+    JaxTransformError,
+    ModifyScopeVariableError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+    ScopeVariableNotFoundError,
+)
+from batiste.graph import Object, RngKey, variable_type_from_name
+from batiste.graph import Variable as Cell
+from batiste.graph.jaxcompat import current_trace
+from batiste.graph.pytree import prepare
+
+from .boxes import is_axis_metadata, replace_boxed, unbox
+
+# ---------------------------------------------------------------- filters of collections
+
+
+class DenyList:
+    """A filter of collections: all but those that `deny` lets through.
+
+    >>> in_filter(DenyList("params"), "cache"), in_filter(DenyList(["params"]), "params")
+    (True, False)
+    """
+
+    def __init__(self, deny: Any):
+        self.deny = deny
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DenyList) and self.deny == other.deny
+
+    def __hash__(self) -> int:
+        return hash(("DenyList", self.deny if isinstance(self.deny, (bool, str, DenyList)) else frozenset(self.deny)))
+
+    def __repr__(self) -> str:
+        return f"DenyList(deny={self.deny!r})"
+
+
+CollectionFilter = bool | str | Collection[str] | DenyList
+
+
+def in_filter(collections: Any, name: str) -> bool:
+    """Whether a filter of collections lets `name` through.
+
+    Raises:
+        InvalidFilterError: it is no bool, name, set of names, or DenyList.
+    """
+    if isinstance(collections, bool):
+        return collections
+    if isinstance(collections, str):
+        return name == collections
+    if isinstance(collections, Collection):
+        return name in collections
+    if isinstance(collections, DenyList):
+        return not in_filter(collections.deny, name)
+    raise InvalidFilterError(collections)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def is_key(x: Any) -> bool:
+    """Whether `x` is one random key, typed or raw."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return False
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x.shape == ()
+    return x.dtype == np.uint32 and x.ndim == 1
+
+
+@functools.lru_cache(maxsize=4096)
+def hash_of(parts: tuple[str | int, ...]) -> int:
+    """The first 32 bits of SHA-1 of names and counts, one after another."""
+    digest = hashlib.sha1()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.to_bytes((part.bit_length() + 7) // 8, "big"))
+    return int.from_bytes(digest.digest()[:4], "big")
+
+
+# ---------------------------------------------------------------- scopes
+
+
+class Frame(Object):
+    """What all scopes of one call share.
+
+    Args:
+        rngs: keys by the name of their stream.
+        mutable: the collections that may be written.
+        flags: settings of the call, such as `initializing`.
+    """
+
+    def __init__(self, rngs: Mapping[str, Any], mutable: Any, flags: Mapping[str, Any]):
+        in_filter(mutable, "")  # a wrong filter is refused here
+        is_set = isinstance(mutable, Collection) and not isinstance(mutable, str)
+        self.rngs = {name: RngKey(key, tag=name) for name, key in rngs.items()}
+        self.folded = dict.fromkeys(rngs, 0)
+        self.mutable = frozenset(mutable) if is_set else mutable
+        self.flags = dict(flags)
+        self.valid = True
+
+
+class Scope(Object):
+    """Variables by (collection, name), and scopes by name.
+
+    Args:
+        variables: nested dicts `{collection: {scope: {name: value}}}`; they are not changed.
+        rngs: keys by the name of their stream.
+        mutable: the collections that may be written, and that `mutable_variables` returns.
+
+    >>> scope = Scope({"params": {"dense": {"kernel": 2.0}}})
+    >>> scope.push("dense").get_variable("params", "kernel")
+    2.0
+    """
+
+    cells: dict[str, dict[str, Cell]]
+    children: dict[str, Scope]
+    counts: dict[str, int]
+    reserved: dict[str, tuple[str | None, ...]]
+    frame: Frame
+    path: tuple[str, ...]
+
+    def __init__(self, variables: Mapping[str, Mapping[str, Any]], rngs: Mapping[str, Any] | None = None, name: str | None = None,
+                 mutable: Any = False, parent: Scope | None = None, path: Iterable[str] = (), flags: Mapping[str, Any] | None = None):  # fmt: skip
+        frame = parent.frame if parent is not None else Frame(rngs or {}, mutable, flags or {})
+        cells = {col: {k: _cell(col, v) for k, v in tree.items()} for col, tree in variables.items()}
+        self._place(frame, cells, (*path, name) if name is not None else tuple(path))
+
+    def _place(self, frame: Frame, cells: dict[str, dict[str, Cell]], path: tuple[str, ...]) -> None:
+        parts = {"frame": frame, "cells": cells, "children": {}, "counts": {}, "reserved": {}, "path": path}
+        vars(self).update(parts)  # one step: a model has many scopes, and each attribute set by itself is looked at
+        self._pytree__nodes.update({part: part != "path" for part in parts})
+
+    # ------------------------------------------------------------ where it stands
+    @property
+    def name(self) -> str | None:
+        return self.path[-1] if self.path else None
+
+    @property
+    def path_text(self) -> str:
+        return "/" + "/".join(self.path)
+
+    @property
+    def mutable(self) -> Any:
+        return self.frame.mutable
+
+    @property
+    def rngs(self) -> dict[str, RngKey]:
+        return self.frame.rngs
+
+    def has_flag(self, key: str) -> bool:
+        return key in self.frame.flags
+
+    def get_flag(self, key: str, default: Any = None) -> Any:
+        return self.frame.flags.get(key, default)
+
+    def invalidate(self) -> None:
+        """Ends the call: the scopes of this frame can no longer be used to make or write anything."""
+        self.frame.valid = False
+
+    def _check_valid(self) -> None:
+        if not self.frame.valid:
+            raise InvalidScopeError(self.name or "root")
+
+    def _check_trace(self) -> None:
+        self._check_valid()
+        if self._pytree__state.trace != current_trace():
+            raise JaxTransformError
+
+    # ------------------------------------------------------------ scopes below
+    def name_reserved(self, name: str, col: str | None = None) -> bool:
+        """Whether `name` is taken: by a scope, or in collection `col`; a scope needs a name that nothing has."""
+        taken = self.reserved.get(name, ())
+        return bool(taken) and (col is None or None in taken or col in taken)
+
+    def reserve(self, name: str, col: str | None = None) -> None:
+        """Takes `name`, for a scope or in the collection `col`.
+
+        Raises:
+            ValueError: it is taken.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"A scope's name must be a string, not {type(name).__name__}: pass name={str(name)!r}.")
+        if self.name_reserved(name, col):
+            raise ValueError(f'Duplicate use of scope name: "{name}" in {self.path_text}: choose another name.')
+        self.reserved[name] = (*self.reserved.get(name, ()), col)
+
+    def default_name(self, prefix: str) -> str:
+        """The first of `prefix0`, `prefix1`, … that is free."""
+        number = 0
+        while self.name_reserved(f"{prefix}{number}"):
+            number += 1
+        return f"{prefix}{number}"
+
+    def push(self, name: str | None = None, prefix: str = "", reuse: bool = False) -> Scope:
+        """The scope `name` below this one; it is made when it is wanted first.
+
+        Args:
+            prefix: of a name that is made up where none is given.
+            reuse: the name may be taken already.
+        """
+        self._check_valid()
+        name = self.default_name(prefix) if name is None else name
+        if not reuse or not self.name_reserved(name):
+            self.reserve(name)
+        child = self.children.get(name)
+        if child is None:
+            child = self.children[name] = Scope.__new__(Scope)
+            prepare(child, {})  # as calling the class would, without its checks
+            child._place(self.frame, self._opened(name), (*self.path, name))
+        return child
+
+    def _opened(self, name: str) -> dict[str, dict[str, Cell]]:
+        """The cells of the subtree `name` of every collection, one level opened."""
+        opened = {}
+        for col, cells in self.cells.items():
+            cell = cells.get(name)
+            if cell is not None and isinstance(tree := cell.get_raw_value(), Mapping):
+                del cells[name]
+                opened[col] = {k: _cell(col, v) for k, v in tree.items()}
+        return opened
+
+    def rewound(self, rewind_rngs: bool = False) -> Scope:
+        """This scope with all names free again, and perhaps the counts of the streams at the start."""
+        self.reserved.clear()
+        if rewind_rngs:
+            self.counts.clear()
+        return self
+
+    # ------------------------------------------------------------ streams
+    def has_rng(self, name: str) -> bool:
+        return name in self.frame.rngs
+
+    def make_rng(self, name: str = "params") -> jax.Array:
+        """key = fold_in(key of the stream, hash(path, count)), count = 1, 2, … of this scope and stream
+
+        Raises:
+            InvalidRngError: there is no such stream, nor `params` to stand in.
+        """
+        self._check_trace()
+        frame = self.frame
+        if name not in frame.rngs:
+            if "params" not in frame.rngs:
+                raise InvalidRngError(f'{self.name} needs PRNG for "{name}"')
+            name = "params"
+        count = self.counts[name] = self.counts.get(name, 0) + 1
+        parts = (*self.path[frame.folded[name] :], count)
+        return jax.random.fold_in(frame.rngs[name].get_value(), np.uint32(hash_of(parts)))
+
+    # ------------------------------------------------------------ variables
+    def is_mutable_collection(self, col: str) -> bool:
+        return in_filter(self.frame.mutable, col)
+
+    def is_collection_empty(self, col: str) -> bool:
+        return not self.cells.get(col) and all(child.is_collection_empty(col) for child in self.children.values())
+
+    def has_variable(self, col: str, name: str) -> bool:
+        if name in self.cells.get(col, ()):
+            return True
+        return name in self.children and not self.children[name].is_collection_empty(col)
+
+    def get_variable(self, col: str, name: str, default: Any = None) -> Any:
+        """The value of a variable, or the nested dict of a scope below."""
+        cell = self.cells.get(col, {}).get(name)
+        if cell is not None:
+            return cell.get_raw_value()
+        return self.children[name]._tree(col) if self.has_variable(col, name) else default
+
+    def put_variable(self, col: str, name: str, value: Any) -> None:
+        """Writes a variable, or makes it.
+
+        Raises:
+            ModifyScopeVariableError: the collection may not be written.
+            JaxTransformError: the scope was made outside the JAX transform that is running.
+        """
+        self._check_trace()
+        if not self.is_mutable_collection(col):
+            raise ModifyScopeVariableError(col, name, self.path_text)
+        if name in self.children and isinstance(value, Mapping):
+            for inner, x in value.items():
+                self.children[name].put_variable(col, inner, x)
+            return
+        cells = self.cells.setdefault(col, {})
+        if name in cells:
+            cells[name].set_raw_value(value)
+        else:
+            cells[name] = _cell(col, value)
+
+    def variable(self, col: str, name: str, init_fn: Callable[..., Any] | None = None, *init_args: Any, unbox: bool = True,
+                 **init_kwargs: Any) -> Variable:  # fmt: skip
+        """The variable `name` of collection `col`; `init_fn(*init_args)` gives its first value.
+
+        Raises:
+            ScopeCollectionNotFound, ScopeVariableNotFoundError: it does not exist and cannot be made.
+        """
+        self.reserve(name, col)
+        if not self.has_variable(col, name):
+            if not self.is_mutable_collection(col) or init_fn is None:
+                if self.is_collection_empty(col):
+                    raise ScopeCollectionNotFound(col, name, self.path_text)
+                raise ScopeVariableNotFoundError(name, col, self.path_text)
+            self.put_variable(col, name, init_fn(*init_args, **init_kwargs))
+        return Variable(self, col, name, unbox)
+
+    def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
+        """The parameter `name`, a key drawn for `init_fn(key, *init_args)` where it has to be made.
+
+        Raises:
+            ScopeParamShapeError: it exists in another shape than `init_fn` makes.
+            ScopeCollectionNotFound, ScopeParamNotFoundError: it does not exist and cannot be made.
+        """
+        self.reserve(name, "params")
+        if self.has_variable("params", name):
+            value = self.get_variable("params", name)
+            made = jax.eval_shape(lambda: init_fn(jax.random.key(0), *init_args, **init_kwargs))
+            self.check_shapes(name, value, made)
+        else:
+            self.check_can_make(name)
+            value = init_fn(self.make_rng("params"), *init_args, **init_kwargs)
+            self.put_variable("params", name, value)
+        return unboxed(value) if unbox else value
+
+    def check_can_make(self, name: str) -> None:
+        """Raises unless the parameter `name` may be made."""
+        if not self.is_mutable_collection("params"):
+            if self.is_collection_empty("params"):
+                raise ScopeCollectionNotFound("params", name, self.path_text)
+            raise ScopeParamNotFoundError(name, self.path_text)
+
+    def check_shapes(self, name: str, value: Any, made: Any) -> None:
+        """Raises unless the parameter's value has the shapes that its initialiser makes."""
+        for old, new in zip(jax.tree.leaves(unboxed(value)), jax.tree.leaves(unboxed(made))):
+            if np.shape(old) != np.shape(new):
+                raise ScopeParamShapeError(name, self.path_text, np.shape(old), np.shape(new))
+
+    # ------------------------------------------------------------ as nested dicts
+    def _tree(self, col: str) -> dict[str, Any]:
+        tree = {name: _copied(cell.get_raw_value()) for name, cell in self.cells.get(col, {}).items()}
+        for name, child in self.children.items():
+            if below := child._tree(col):
+                tree[name] = below
+        return tree
+
+    def _collections(self) -> list[str]:
+        names = dict.fromkeys(self.cells)
+        for child in self.children.values():
+            names |= dict.fromkeys(child._collections())
+        return list(names)
+
+    def variables(self) -> dict[str, dict[str, Any]]:
+        """Nested dicts of all collections, from here downwards."""
+        trees = {col: self._tree(col) for col in self._collections()}
+        return {col: tree for col, tree in trees.items() if tree}
+
+    def mutable_variables(self) -> dict[str, dict[str, Any]]:
+        """Nested dicts of the collections that may be written."""
+        return {col: tree for col, tree in self.variables().items() if self.is_mutable_collection(col)}
+
+
+class Variable:
+    """A variable of a scope: `.value` reads and writes it."""
+
+    __slots__ = ("scope", "collection", "name", "unbox", "_id")
+
+    def __init__(self, scope: Scope, collection: str, name: str, unbox: bool):
+        self.scope, self.collection, self.name, self.unbox = scope, collection, name, unbox
+
+    @property
+    def value(self) -> Any:
+        value = self.scope.get_variable(self.collection, self.name)
+        return unboxed(value) if self.unbox else value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        if self.unbox and self.scope.has_variable(self.collection, self.name):
+            old = self.scope.get_variable(self.collection, self.name)
+            if not isinstance(old, jax.Array):
+                boxes = [x for x in jax.tree.leaves(old, is_leaf=is_axis_metadata) if is_axis_metadata(x)]
+                value = replace_boxed(old, value) if boxes else value
+        self.scope.put_variable(self.collection, self.name, value)
+
+    def is_mutable(self) -> bool:
+        return self.scope.is_mutable_collection(self.collection)
+
+
+def unboxed(value: Any) -> Any:
+    """`value` without boxes; an array has none."""
+    return value if isinstance(value, jax.Array) else unbox(value)
+
+
+def _cell(col: str, value: Any) -> Cell:
+    return variable_type_from_name(col, allow_register=True)(value)
+
+
+def _copied(value: Any) -> Any:
+    """Nested dicts as new ones, so that no two results share any."""
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def root_scope(variables: Any, rngs: Mapping[str, Any] | None, mutable: Any, flags: Mapping[str, Any] | None = None) -> Scope:
+    """A scope of its own for one call.
+
+    Raises:
+        ApplyScopeInvalidVariablesTypeError: `variables` is no mapping of mappings with string keys.
+        ApplyScopeInvalidVariablesStructureError: the collection `params` holds another `params`.
+        InvalidRngError: a value of `rngs` is no key.
+    """
+    if not isinstance(variables, Mapping) or not all(
+        isinstance(col, str) and isinstance(tree, Mapping) for col, tree in variables.items()
+    ):
+        raise ApplyScopeInvalidVariablesTypeError
+    if isinstance(params := variables.get("params"), Mapping) and isinstance(params.get("params"), Mapping):
+        raise ApplyScopeInvalidVariablesStructureError(variables)
+    for name, key in (rngs or {}).items():
+        if not is_key(key):
+            raise InvalidRngError(f"rngs should be a dictionary of PRNG keys of shape (2,), but {name!r} is: {key}")
+    return Scope(variables, rngs, mutable=mutable, flags=flags)
