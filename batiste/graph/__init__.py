@@ -25,6 +25,8 @@ from .filters import (
     to_predicates,
 )
 from .flatten import GraphDef, flatten_graph, is_graph_node, unflatten_graph
+from .lost import LostUpdateWarning
+from .metadata import VariableMetadata
 from .modes import graph_mode, graph_updates_mode, set_graph_mode, set_graph_updates
 from .module import Dict, List, Module, Sequential, first_from, iter_module_children, iter_modules
 from .placement import use_eager_sharding, using_eager_sharding
@@ -63,11 +65,9 @@ from .variable import (
     BatchStat,
     Cache,
     Intermediate,
-    LostUpdateWarning,
     Param,
     Perturbation,
     Variable,
-    VariableMetadata,
     register_variable_name,
     variable_name_from_type,
     variable_type_from_name,

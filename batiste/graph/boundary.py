@@ -37,10 +37,11 @@ from .flatten import (
     walk_defs,
 )
 from .jaxcompat import Tracer, current_trace, is_ref, key_name
+from .metadata import frozen_metadata
 from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
 from .states import State, create_path_filters
-from .variable import Variable, frozen_metadata
+from .variable import Variable
 from .walk import data_items
 
 

@@ -14,12 +14,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from .epoch import structure_changed
 from .errors import AliasError, StaticError, StructureError
 from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
+from .metadata import Frozen, frozen_metadata
 from .pytree import Pytree, prepare, same_place, sorted_names
 from .represent import Layout, represent
 from .states import State, key_order
-from .variable import Frozen, Variable, frozen_metadata, structure_changed
+from .variable import Variable
 
 Node = TypeVar("Node")
 Path = tuple[Any, ...]

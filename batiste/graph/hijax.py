@@ -37,7 +37,8 @@ from jax.experimental.hijax import (
 
 from .errors import ImmutableVariableError
 from .jaxcompat import Effect, Tracer, cur_qdd, current_trace, custom_derivatives_allowed_effects
-from .variable import Frozen, Variable, frozen_metadata
+from .metadata import Frozen, frozen_metadata
+from .variable import Variable
 
 
 # ---------------------------------------------------------------- what a box holds

@@ -18,10 +18,12 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 import numpy as np
 
+from .epoch import structure_changed
 from .errors import StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
+from .lost import Home
 from .represent import Layout, represent, treescope_form
-from .variable import MISSING, Home, Variable, structure_changed
+from .variable import MISSING, Variable
 
 A = TypeVar("A")
 M = TypeVar("M", bound="Pytree")

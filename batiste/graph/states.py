@@ -9,10 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
+from .epoch import structure_changed
 from .errors import StructureError
 from .filters import Filter, Path, PathIn, to_predicates
 from .represent import Layout, Nested, represent, treescope_form
-from .variable import Variable, structure_changed
+from .variable import Variable
 
 K = TypeVar("K")
 V = TypeVar("V")

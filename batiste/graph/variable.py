@@ -9,22 +9,32 @@ one *kind*.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib
-import itertools
 import math
 import operator
 import warnings
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from .backing import current_defaults
+from .epoch import structure_changed
 from .errors import StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
+from .lost import Home, written_far_from_home
+from .metadata import (
+    HOOKS,
+    REQUIRED,
+    Frozen,
+    VariableMetadata,
+    as_tuple,
+    class_hooks,
+    frozen_metadata,
+    rename_sharding,
+    run_hooks,
+)
 from .placement import place, using_eager_sharding
 from .represent import Layout, represent, treescope_form
 
@@ -40,63 +50,6 @@ class Missing:
 
 
 MISSING = Missing()
-
-# ---------------------------------------------------------------- the epoch
-_ticks = itertools.count(1)
-
-
-class Epoch:
-    """Counts the structural changes of all objects that some plan rests on; a plan is valid inside one epoch."""
-
-    now = 0
-
-
-def structure_changed() -> None:
-    """Moves the epoch: every remembered flattening is looked at again before it is used."""
-    Epoch.now = next(_ticks)
-
-
-# ---------------------------------------------------------------- metadata
-REQUIRED = frozenset({"hijax", "ref", "eager_sharding"})
-HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis")
-_RENAMED = ("sharding", "sharding_names")
-
-
-@dataclasses.dataclass
-class VariableMetadata(Generic[A]):
-    """A value with metadata, before it becomes a Variable: what an initialiser under `with_metadata` returns."""
-
-    raw_value: A
-    on_set_value: tuple | Callable = ()
-    on_get_value: tuple | Callable = ()
-    on_create_value: tuple | Callable = ()
-    on_add_axis: tuple | Callable = ()
-    on_remove_axis: tuple | Callable = ()
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def all_metadata(self) -> dict[str, Any]:
-        """The metadata with the hooks that are set, each a callable or a tuple of callables."""
-        hooks = {name: getattr(self, name) for name in HOOKS}
-        return {**self.metadata, **{name: hook for name, hook in hooks.items() if hook}}
-
-
-def _renamed_sharding(metadata: dict[str, Any]) -> dict[str, Any]:
-    for name in _RENAMED:
-        if name in metadata:
-            warnings.warn(f"'{name}' is deprecated, use 'out_sharding' instead.", DeprecationWarning, stacklevel=4)
-            metadata["out_sharding"] = metadata.pop(name)
-    return metadata
-
-
-def _class_hooks(cls: type) -> dict[str, Any]:
-    return {name: getattr(cls, name) for name in HOOKS if hasattr(cls, name)}
-
-
-def _run_hooks(hooks, variable, value):
-    for hook in hooks if isinstance(hooks, (tuple, list)) else (hooks,):
-        value = hook(variable, value)
-    return value
-
 
 # ---------------------------------------------------------------- the Variable
 
@@ -164,13 +117,8 @@ class Variable(Generic[A], metaclass=VariableMeta):
         metadata["hijax"] = defaults.hijax if hijax is None else hijax
         metadata["ref"] = defaults.ref if ref is None else ref
         metadata["eager_sharding"] = using_eager_sharding() if eager_sharding is None else eager_sharding
-        cls = type(self)
-        hooks = _hooks_of.get(cls)
-        if hooks is None:
-            hooks = _hooks_of[cls] = _class_hooks(cls)
-        if hooks:
-            metadata.update(hooks)
-        _renamed_sharding(metadata)
+        metadata.update(class_hooks(type(self)))
+        rename_sharding(metadata)
         slot = object.__setattr__
         slot(self, "_trace_state", current_trace())
         slot(self, "_var_metadata", metadata)
@@ -208,7 +156,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
     def create_value(self, value: A) -> A:
         """What is stored when the Variable is made from `value`; override it to store something else."""
         hooks = self._var_metadata.get("on_create_value")
-        return _run_hooks(hooks, self, value) if hooks else value
+        return run_hooks(hooks, self, value) if hooks else value
 
     def get_value(self, *, index: Any = MISSING) -> A:
         """The value, or `value[index]`."""
@@ -216,9 +164,9 @@ class Variable(Generic[A], metaclass=VariableMeta):
         hooks = self._var_metadata.get("on_get_value")
         if is_ref(value):
             read = value[...] if index is MISSING else value[index]
-            return _run_hooks(hooks, self, read) if hooks else read  # type: ignore[return-value]
+            return run_hooks(hooks, self, read) if hooks else read  # type: ignore[return-value]
         if hooks:
-            value = _run_hooks(hooks, self, value)
+            value = run_hooks(hooks, self, value)
         if index is MISSING or (index is Ellipsis and isinstance(value, jax.Array)):
             return value  # type: ignore[return-value]
         return value[index]  # type: ignore[index]
@@ -233,7 +181,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
             value = value.get_value()
         hooks = self._var_metadata.get("on_set_value")
         if hooks:
-            value = _run_hooks(hooks, self, value)
+            value = run_hooks(hooks, self, value)
         raw = self._raw_value
         if is_ref(raw):
             if index is MISSING:
@@ -250,7 +198,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
                 new[index] = value  # type: ignore[index]
                 value = new
         if self._home is not None:
-            _written_far_from_home(self)
+            written_far_from_home(self)
         object.__setattr__(self, "_raw_value", value)
 
     def get_raw_value(self) -> A:
@@ -262,7 +210,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         if not _unsafe_bypass_check:
             self._check_can_update()
             if self._home is not None:
-                _written_far_from_home(self)
+                written_far_from_home(self)
         object.__setattr__(self, "_raw_value", value)
 
     @property
@@ -363,12 +311,12 @@ class Variable(Generic[A], metaclass=VariableMeta):
 
     def add_axis(self, axis_index: int, axis_name: str | None) -> None:
         """Tells the `on_add_axis` hooks that a transform has put a new axis at `axis_index`."""
-        for hook in _as_tuple(self._var_metadata.get("on_add_axis")):
+        for hook in as_tuple(self._var_metadata.get("on_add_axis")):
             hook(self, axis_index, axis_name)
 
     def remove_axis(self, axis_index: int, axis_name: str | None) -> None:
         """Tells the `on_remove_axis` hooks that a transform has taken away the axis at `axis_index`."""
-        for hook in _as_tuple(self._var_metadata.get("on_remove_axis")):
+        for hook in as_tuple(self._var_metadata.get("on_remove_axis")):
             hook(self, axis_index, axis_name)
 
     # ------------------------------------------------------------ copies
@@ -513,7 +461,6 @@ class Variable(Generic[A], metaclass=VariableMeta):
 
 
 Variable.__hash__ = None  # type: ignore[assignment]
-_hooks_of: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 def _same_type(old, new) -> bool:
@@ -538,10 +485,6 @@ def _fitted(value, ref, index):
 
 def _as_ref(x):
     return x if is_ref(x) else jax.new_ref(jnp.asarray(x))
-
-
-def _as_tuple(hooks) -> tuple:
-    return tuple(hooks) if isinstance(hooks, (tuple, list)) else (hooks,) if hooks else ()
 
 
 def _warn_old(what: str, instead: str) -> None:
@@ -589,44 +532,6 @@ for _name, _function in {"int": int, "float": float, "complex": complex, "round"
 Variable.__rdivmod__ = lambda self, other: divmod(_value_of(other), self.get_value())  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------- metadata that can be compared and hashed
-class Frozen:
-    """The metadata of a Variable as a part of a structure: compared by value, hashed when first asked."""
-
-    __slots__ = ("items", "_hash")
-
-    def __init__(self, metadata: dict[str, Any]):
-        self.items = tuple(sorted(metadata.items(), key=_first))
-        self._hash: int | None = None
-
-    def __hash__(self):
-        if self._hash is None:
-            self._hash = hash(self.items)
-        return self._hash
-
-    def __eq__(self, other):
-        return self is other or (isinstance(other, Frozen) and self.items == other.items)
-
-    def __repr__(self):
-        return f"Frozen({dict(self.items)})"
-
-
-_first = operator.itemgetter(0)
-_common: dict[tuple, Frozen] = {}
-
-
-def frozen_metadata(variable: Variable) -> Frozen:
-    """The Variable's metadata in comparable form; plain Variables all share one object."""
-    frozen = variable._frozen
-    if frozen is None:
-        metadata = variable._var_metadata
-        frozen = Frozen(metadata)
-        if len(metadata) == len(REQUIRED):
-            frozen = _common.setdefault(frozen.items, frozen)
-        object.__setattr__(variable, "_frozen", frozen)
-    return frozen
-
-
 # ---------------------------------------------------------------- Variables as JAX pytrees
 _VALUE_KEY = jax.tree_util.GetAttrKey("value")
 
@@ -656,51 +561,6 @@ def _register_pytree(cls: type) -> None:
 
 _AT_REST = current_trace()
 _last_flattened: list[Any] = [_AT_REST]  # the trace level of the Variable that was flattened last
-
-
-class Home:
-    """Where a Variable stood that came into a foreign JAX transform as a pytree, and whether it went back.
-
-    There a write changes a copy: unless the copy is returned, the update is lost. Its end then warns.
-    """
-
-    __slots__ = ("name", "parent", "finalizer", "__weakref__")
-
-    def __init__(self, name: str):
-        self.name, self.parent, self.finalizer = name, None, None
-
-    def path(self) -> str:
-        names, home = [], self
-        while home is not None:
-            names.append(home.name)
-            home = home.parent
-        return "/".join(str(n) for n in reversed(names))
-
-    def delivered(self) -> None:
-        if self.finalizer is not None:
-            self.finalizer.detach()
-            self.finalizer = None
-
-
-def _written_far_from_home(variable: Variable) -> None:
-    home = variable._home
-    if home.finalizer is None:
-        home.finalizer = weakref.finalize(variable, _warn_lost, type(variable).__name__, home.path())
-        home.finalizer.atexit = False
-
-
-def _warn_lost(kind: str, path: str) -> None:
-    warnings.warn(
-        f"an update of the {kind} at '{path}' was lost: it was written inside a plain JAX transform that got the "
-        "module as a pytree and did not return it.\n  Fix: return the module (or its state) from the function, "
-        "or use the transform of the same name in batiste.nnx, which writes updates back.",
-        LostUpdateWarning,
-        stacklevel=2,
-    )
-
-
-class LostUpdateWarning(UserWarning):
-    """A Variable was written inside a foreign transform and never came back."""
 
 
 _register_pytree(Variable)

@@ -23,7 +23,7 @@ _HOMES = {
         replace_by_pure_dict restore_int_paths set_graph_mode set_graph_updates set_metadata split split_state
         state static to_flat_state to_pure_dict unpack update use_eager_sharding using_eager_sharding
         variable_name_from_type variable_type_from_name variables first_from""",
-    "batiste.graph.variable": "LostUpdateWarning",
+    "batiste.graph.lost": "LostUpdateWarning",
     "batiste.graph.rng": "Rngs RngCount RngKey RngState RngStream",
     "batiste.graph.restream": "backup_keys fork_rngs reseed restore_rngs split_rngs with_rngs",
     "batiste.graph.split": "A M call",  # type variables that leak out of Flax, and that annotations of programs use

@@ -75,6 +75,7 @@ from batiste.graph import variable_name_from_type as variable_name_from_type
 from batiste.graph import variable_type_from_name as variable_type_from_name
 from batiste.graph import variables as variables
 from batiste.graph.backing import var_defaults as var_defaults
+from batiste.graph.lost import LostUpdateWarning as LostUpdateWarning
 from batiste.graph.passing import MergeContext as MergeContext
 from batiste.graph.passing import NodeStates as NodeStates
 from batiste.graph.passing import SplitContext as SplitContext
@@ -101,7 +102,6 @@ from batiste.graph.rng import RngStream as RngStream
 from batiste.graph.split import A as A
 from batiste.graph.split import M as M
 from batiste.graph.split import call as call
-from batiste.graph.variable import LostUpdateWarning as LostUpdateWarning
 from batiste.graph.walk import vars_as as vars_as
 from batiste.graph.walk import with_vars as with_vars
 from batiste.nn import RNN as RNN

@@ -5,6 +5,7 @@ import importlib
 import typing
 
 from batiste.graph.backing import VarDefaults, VarDefaultsContext, var_defaults  # noqa: F401
+from batiste.graph.metadata import VariableMetadata  # noqa: F401
 from batiste.graph.variable import (  # noqa: F401
     BatchStat,
     Cache,
@@ -12,7 +13,6 @@ from batiste.graph.variable import (  # noqa: F401
     Param,
     Perturbation,
     Variable,
-    VariableMetadata,
     register_variable_name,
     variable_name_from_type,
     variable_type_from_name,

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from batiste.graph.boundary import Mode, is_root
+from batiste.graph.epoch import Epoch
 from batiste.graph.errors import ArgumentError, StructureError
 from batiste.graph.flatten import GraphDef, flatten_graph, unflatten_graph
-from batiste.graph.variable import Epoch
 
 from .compare import difference
 from .compile import JitWrapped, Stage

@@ -32,8 +32,9 @@ from batiste.graph.boundary import (
 )
 from batiste.graph.errors import ArgumentError, CallError, CarryError, StructureError
 from batiste.graph.flatten import _Build, _Walk, is_graph_node
+from batiste.graph.lost import LostUpdateWarning
 from batiste.graph.rng import RngState
-from batiste.graph.variable import MISSING, LostUpdateWarning, Variable
+from batiste.graph.variable import MISSING, Variable
 
 from .axes import NO_METADATA, Carry, bound_to_axes, check_function, check_sizes, without_axis_names
 from .compare import place, structure_difference, type_difference
