@@ -29,6 +29,7 @@ from batiste.graph.optional import need
 
 __all__ = [
     "MAX_CHUNK_SIZE",
+    "MismatchError",
     "current_path",
     "from_bytes",
     "from_state_dict",
@@ -143,18 +144,24 @@ def current_path() -> str:
 # ---------------------------------------------------------------- how each type is written and read
 
 
-def _mismatch(problem: str) -> StructureError:
-    return StructureError(problem, at=f"path {current_path()}")
+class MismatchError(StructureError):
+    """A state dict has another structure than what it was to be restored into."""
+
+    def __init__(self, problem: str):
+        super().__init__(problem, at=f"path {current_path()}")
+
+    def _text(self) -> str:
+        return f"{self.problem} at {self.path}"  # a path may be a dot: none follows it
 
 
 def _parts(state: Any, of: Any) -> dict[str, Any]:
     """The state dict of a container.
 
     Raises:
-        StructureError: it is something else.
+        MismatchError: it is something else.
     """
     if not isinstance(state, dict | FrozenDict):
-        raise _mismatch(
+        raise MismatchError(
             f"A {type(of).__name__} can only be restored from a state dict, not from a {type(state).__name__},"
         )
     return dict(state)
@@ -171,7 +178,7 @@ def _dict_from(xs: Any, state: Any) -> dict[Any, Any]:
     parts = _parts(state, xs)
     missing = {str(key) for key in xs} - set(parts)
     if missing:
-        raise _mismatch(
+        raise MismatchError(
             "The target dict keys and state dict keys do not match, target dict contains keys "
             f"{missing} which are not present in state dict"
         )
@@ -186,7 +193,7 @@ def _list_from(xs: Any, state: Any) -> list[Any]:
     parts = _parts(state, xs)
     if set(parts) != {str(i) for i in range(len(xs))}:
         sizes = f"got {len(xs)} and {len(parts)}"
-        raise _mismatch(f"The size of the list and the state dict do not match, {sizes}")
+        raise MismatchError(f"The size of the list and the state dict do not match, {sizes}")
     return [from_state_dict(x, parts[str(i)], name=str(i)) for i, x in enumerate(xs)]
 
 
@@ -199,7 +206,7 @@ def _named_tuple_from(xs: Any, state: Any) -> Any:
     if set(parts) == {"name", "fields", "values"}:  # how they were written long ago
         parts = {parts["fields"][i]: parts["values"][i] for i in parts["fields"]}
     if set(parts) != set(xs._fields):
-        raise _mismatch(
+        raise MismatchError(
             "The field names of the state dict and the named tuple do not match, "
             f"got {set(parts)} and {set(xs._fields)}"
         )
@@ -214,11 +221,11 @@ def _dataclass_from(x: Any, state: Any) -> Any:
     parts, names, kind = _parts(state, x), _data_fields(x), type(x).__name__
     for name in names:
         if name not in parts:
-            raise _mismatch(f"Missing field {name} in state dict while restoring an instance of {kind},")
+            raise MismatchError(f"Missing field {name} in state dict while restoring an instance of {kind},")
     unknown = [name for name in parts if name not in names]
     if unknown:
         listed = ",".join(unknown)
-        raise _mismatch(f'Unknown field(s) "{listed}" in state dict while restoring an instance of {kind}')
+        raise MismatchError(f'Unknown field(s) "{listed}" in state dict while restoring an instance of {kind}')
     return x.replace(**_fields_from(x, parts, names))
 
 
@@ -279,7 +286,7 @@ def msgpack_serialize(pytree: Any, in_place: bool = False) -> bytes:
     """
     if not in_place:
         pytree = jax.tree.map(lambda x: x, pytree)
-    return _msgpack().packb(_writable(pytree), default=_extension, strict_types=True)
+    return _msgpack().packb(_writable(pytree), default=_msgpack_ext_pack, strict_types=True)
 
 
 def _writable(x: Any) -> Any:
@@ -299,7 +306,7 @@ def _in_pieces(x: np.ndarray) -> dict[str, Any]:
     return {PIECES: True, "shape": _list_to(x.shape), "chunks": _list_to(pieces)}
 
 
-def _extension(x: Any) -> Any:
+def _msgpack_ext_pack(x: Any) -> Any:
     msgpack = _msgpack()
     if isinstance(x, np.ndarray | jax.Array):
         return msgpack.ExtType(ARRAY, _array_bytes(np.asarray(x)))
@@ -344,7 +351,7 @@ def msgpack_restore(encoded_pytree: bytes) -> Any:
         reader.feed(encoded_pytree)
         reader.skip()  # walks over everything, and stops where data is lacking, before anything is made of it
         del reader
-        return _joined(msgpack.unpackb(encoded_pytree, ext_hook=_restored, raw=False, strict_map_key=False))
+        return _joined(msgpack.unpackb(encoded_pytree, ext_hook=_msgpack_ext_unpack, raw=False, strict_map_key=False))
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         what = str(error) or type(error).__name__
         raise ArgumentError(
@@ -353,7 +360,7 @@ def msgpack_restore(encoded_pytree: bytes) -> Any:
         ) from error
 
 
-def _restored(code: int, data: bytes) -> Any:
+def _msgpack_ext_unpack(code: int, data: bytes) -> Any:
     msgpack = _msgpack()
     if code == COMPLEX:
         real, imag = msgpack.unpackb(data)

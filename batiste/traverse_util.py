@@ -96,7 +96,7 @@ class Traversal(abc.ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any):
         warnings.warn(
-            f"`traverse_util.{cls.__name__}` is deprecated: use optax for optimizers of parts of a model, and "
+            "`flax.traverse_util.Traversal` will be deprecated: use optax for optimizers of parts of a model, and "
             "path_aware_map for other changes.",
             DeprecationWarning,
             stacklevel=2,
@@ -236,14 +236,15 @@ class TraverseAttr(Traversal):
 
 
 class TraverseItem(Traversal):
-    """The item at a key or index."""
+    """The item at a key or index, or each of a slice."""
 
     def __init__(self, key: Any):
         self._key = key
 
     def update(self, fn, inputs):
         items = list(inputs) if isinstance(inputs, tuple) else copy.copy(inputs)
-        items[self._key] = fn(items[self._key])
+        chosen = items[self._key]
+        items[self._key] = [fn(x) for x in chosen] if isinstance(self._key, slice) else fn(chosen)
         if isinstance(inputs, tuple):
             return type(inputs)(*items) if hasattr(inputs, "_fields") else tuple(items)
         return items

@@ -12,6 +12,8 @@ from jax._src.core import (
 )
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
 from jax._src.state.types import AbstractRef
+from jax._src.traceback_util import _exclude_paths as hidden_paths  # noqa: F401
+from jax._src.traceback_util import api_boundary  # noqa: F401
 from jax.tree_util import default_registry
 
 current_trace = functools.partial(get_opaque_trace_state, convention="flax")
