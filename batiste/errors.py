@@ -426,8 +426,11 @@ class CursorFindError(DocumentedError):
 
     def __init__(self, cursor: Any = None, cursor2: Any = None):
         if cursor is not None and cursor2 is not None:
-            problem = "More than one object found given the conditions of the cond_fn, the first two at "
-            super().__init__(f"{problem}{cursor._path} and {cursor2._path}", fix="use find_all(), or narrow cond_fn")
+            super().__init__(
+                "More than one object found given the conditions of the cond_fn. The first two objects found have the "
+                f"following paths: {cursor._path} and {cursor2._path} in the whole",
+                fix="use find_all(), or narrow cond_fn",
+            )
         else:
             super().__init__("No object found given the conditions of the cond_fn", fix="widen cond_fn")
 
