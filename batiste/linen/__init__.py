@@ -40,6 +40,8 @@ from batiste.nn.initializers import ones, ones_init, zeros, zeros_init
 from batiste.nn.pooling import avg_pool, max_pool, min_pool, pool
 
 from .boxes import unbox
+from .calls import apply, init, init_with_output, merge_param
+from .context import disable_named_call, enable_named_call, intercept_methods, override_named_call
 from .layers import (
     BatchApply,
     BatchNorm,
@@ -60,17 +62,5 @@ from .layers import (
     SelfAttention,
     Sequential,
 )
-from .module import (
-    Module,
-    apply,
-    compact,
-    disable_named_call,
-    enable_named_call,
-    init,
-    init_with_output,
-    intercept_methods,
-    merge_param,
-    nowrap,
-    override_named_call,
-)
+from .module import Module, compact, compact_name_scope, nowrap, share_scope
 from .scope import DenyList, Variable

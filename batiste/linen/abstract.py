@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
 
 from batiste.errors import LazyInitError
@@ -17,8 +17,8 @@ from batiste.errors import LazyInitError
 def without_values(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f`, called with `jax.ShapeDtypeStruct`s in place of arrays; its result must not depend on their values.
 
-    >>> x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    >>> without_values(lambda x: jnp.ones(x.shape[-1]))(x)
+    >>> x = jax.ShapeDtypeStruct((2, 3), "float32")
+    >>> without_values(lambda x: jax.numpy.ones(x.shape[-1]))(x)
     Array([1., 1., 1.], dtype=float32)
 
     Raises:
@@ -41,7 +41,7 @@ def without_values(f: Callable[..., Any]) -> Callable[..., Any]:
         for variable, is_used in zip(closed.jaxpr.invars, used):
             if is_used:
                 raise LazyInitError(variable.aval)
-        values = jax.core.eval_jaxpr(jaxpr, closed.consts)
+        values = eval_jaxpr(jaxpr, closed.consts)
         return jax.tree.unflatten(jax.tree.structure(out), values)
 
     return call

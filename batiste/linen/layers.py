@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,10 +24,12 @@ from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple, default_bias_init, default_embed_init, default_kernel_init
 from batiste.precision import canonicalize_dtype, promote_dtype
 
+from .calls import merge_param
 from .lazy import Lazy
-from .module import Module, compact, merge_param, nowrap
+from .module import Module, compact, nowrap
 
 Axes = int | Sequence[int]
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def _product(given: Any, cls: Any, default: Any) -> Any:
@@ -40,7 +43,7 @@ class Dense(Lazy, of=nn.Linear):
     """y[..., features] = x[..., in] @ kernel[in, features] + bias[features]; see `batiste.nn.Linear`
 
     Args:
-        dot_general, dot_general_cls: a function in place of `jax.lax.dot_general`, or a module class that is called as one.
+        dot_general, dot_general_cls: in place of `jax.lax.dot_general`: a function, or a module class.
     """
 
     features: int
@@ -57,11 +60,15 @@ class Dense(Lazy, of=nn.Linear):
     @compact
     def __call__(self, inputs: Array) -> Array:
         product = _product(self.dot_general, self.dot_general_cls, lax.dot_general)
-        return self.run(self.settings(in_features=inputs.shape[-1], out_features=self.features, dot_general=product), inputs)
+        return self.run(
+            self.settings(in_features=inputs.shape[-1], out_features=self.features, dot_general=product), inputs
+        )
 
 
 class DenseGeneral(Lazy, of=nn.LinearGeneral):
-    """y[*batch, ..., *features] = Σ x[*batch, ..., *in] kernel[*batch, *in, *features] + bias; see `batiste.nn.LinearGeneral`
+    """y[*batch, ..., *features] = Σ x[*batch, ..., *in] kernel[*batch, *in, *features] + bias
+
+    See `batiste.nn.LinearGeneral`.
 
     Args:
         axis: the dims of `x` that are summed over.
@@ -86,7 +93,7 @@ class DenseGeneral(Lazy, of=nn.LinearGeneral):
         axes = tuple(axis % inputs.ndim for axis in as_tuple(self.axis))
         batch = tuple(sorted(axis % inputs.ndim for axis in as_tuple(self.batch_dims)))
         if batch != tuple(range(len(batch))):
-            raise ArgumentError(f"batch_dims {batch} must be consecutive leading dimensions starting from 0", at=self.scope.path_text,
+            raise ArgumentError(f"batch_dims {batch} must be consecutive leading dimensions starting from 0",
                                 fix="transpose the input")  # fmt: skip
         settings = self.settings(
             in_features=tuple(inputs.shape[axis] for axis in axes),
@@ -150,7 +157,10 @@ class Embed(Lazy, of=nn.Embed):
 
 # ---------------------------------------------------------------- convolutions
 class Conv(Lazy, of=nn.Conv):
-    """y[*batch, *out, features] = x[*batch, *spatial, in] * kernel[*kernel_size, in, features] + bias; see `batiste.nn.Conv`"""
+    """y[*batch, *out, features] = x[*batch, *spatial, in] * kernel[*kernel_size, in, features] + bias
+
+    See `batiste.nn.Conv`.
+    """
 
     features: int
     kernel_size: int | Sequence[int]
@@ -178,7 +188,10 @@ class Conv(Lazy, of=nn.Conv):
 
 
 class ConvTranspose(Lazy, of=nn.ConvTranspose):
-    """y[*batch, *out, features] = spread(x) * kernel[*kernel_size, in, features] + bias; see `batiste.nn.ConvTranspose`"""
+    """y[*batch, *out, features] = spread(x) * kernel[*kernel_size, in, features] + bias
+
+    See `batiste.nn.ConvTranspose`.
+    """
 
     features: int
     kernel_size: int | Sequence[int]
@@ -207,11 +220,14 @@ class _Norm(Lazy):
     """What the normalising layers share: the shape of their variables in the scope."""
 
     @nowrap
-    def normalize(self, x: Array, axes: Axes, *args: Any, settings: dict[str, Any] = {}, **kwargs: Any) -> Array:
+    def normalize(
+        self, x: Array, axes: Axes, *args: Any, settings: Mapping[str, Any] = NO_SETTINGS, **kwargs: Any
+    ) -> Array:
         """Runs the layer; its variables have the sizes of `x` on `axes`, each as a dim of its own."""
         shape = tuple(x.shape[axis] for axis in sorted(axis % x.ndim for axis in as_tuple(axes)))
         size = math.prod(shape)
-        shapes = dict.fromkeys(("scale", "bias", "mean", "var"), shape) if len(shape) > 1 else {}
+        names = ("scale", "bias", "mean", "var")
+        shapes: dict[str, tuple[int, ...]] = {name: shape for name in names if len(shape) > 1}
         return self.run(self.settings(num_features=size, **settings), x, *args, shapes=shapes, **kwargs)
 
 
@@ -247,7 +263,10 @@ class BatchNorm(_Norm, of=nn.BatchNorm):
 
 
 class LayerNorm(_Norm, of=nn.LayerNorm):
-    """y = (x - mean) / √(var + ε) * scale + bias, moments over the features of each entry; see `batiste.nn.LayerNorm`"""
+    """y = (x - mean) / √(var + ε) * scale + bias, moments over the features of each entry
+
+    See `batiste.nn.LayerNorm`.
+    """
 
     epsilon: float = 1e-6
     dtype: DTypeLike | None = None
@@ -289,7 +308,10 @@ class RMSNorm(_Norm, of=nn.RMSNorm):
 
 
 class GroupNorm(_Norm, of=nn.GroupNorm):
-    """y = (x - mean) / √(var + ε) * scale + bias, moments over a group of features and space; see `batiste.nn.GroupNorm`"""
+    """y = (x - mean) / √(var + ε) * scale + bias, moments over a group of features and space
+
+    See `batiste.nn.GroupNorm`.
+    """
 
     num_groups: int | None = 32
     group_size: int | None = None
@@ -397,9 +419,11 @@ class MultiHeadDotProductAttention(Lazy, of=_Attention):
         """
         if inputs_kv is not None:
             if inputs_k is not None or inputs_v is not None:
-                raise ArgumentError("If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None", at=self.scope.path_text,
+                raise ArgumentError("If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None",
                                     fix="pass inputs_k and inputs_v")  # fmt: skip
-            warnings.warn("The inputs_kv arg is deprecated: pass inputs_k and inputs_v.", DeprecationWarning, stacklevel=2)
+            warnings.warn(
+                "The inputs_kv arg is deprecated: pass inputs_k and inputs_v.", DeprecationWarning, stacklevel=2
+            )
             inputs_k = inputs_v = inputs_kv
         keys = inputs_q if inputs_k is None else inputs_k
         is_random = self.dropout_rate > 0 and not merge_param("deterministic", self.deterministic, deterministic)
@@ -430,14 +454,18 @@ class SelfAttention(MultiHeadDotProductAttention):
     @compact
     def __call__(self, inputs_q: Array, mask: Array | None = None, deterministic: bool | None = None,
                  dropout_rng: Array | None = None, sow_weights: bool = False) -> Array:  # type: ignore[override]  # fmt: skip
-        warnings.warn("SelfAttention will be deprecated soon. Use `MultiHeadDotProductAttention.__call__(inputs_q)` instead.",
+        warnings.warn("SelfAttention will be deprecated soon: use `MultiHeadDotProductAttention.__call__(inputs_q)`.",
                       DeprecationWarning, stacklevel=2)  # fmt: skip
-        return super().__call__(inputs_q, mask=mask, deterministic=deterministic, dropout_rng=dropout_rng, sow_weights=sow_weights)
+        return super().__call__(
+            inputs_q, mask=mask, deterministic=deterministic, dropout_rng=dropout_rng, sow_weights=sow_weights
+        )
 
 
 # ---------------------------------------------------------------- others
 class Dropout(Lazy, of=nn.Dropout):
-    """y = x * m / (1 - rate), m drawn from Bernoulli(1 - rate), in training; y = x in evaluation; see `batiste.nn.Dropout`
+    """y = x * m / (1 - rate), m drawn from Bernoulli(1 - rate), in training; y = x in evaluation
+
+    See `batiste.nn.Dropout`.
 
     Args:
         deterministic: evaluation; given here or in the call.
@@ -483,13 +511,15 @@ class Sequential(Module):
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Sequence):
-            raise ArgumentError("'layers' must be a sequence", got=type(self.layers).__name__, fix="pass a list of layers")
+            raise ArgumentError(
+                "'layers' must be a sequence", got=type(self.layers).__name__, fix="pass a list of layers"
+            )
         super().__post_init__()
 
     @compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.layers:
-            raise ArgumentError("Empty Sequential module", at=self.scope.path_text, fix="pass at least one layer")
+            raise ArgumentError("Empty Sequential module", at=str(self.path), fix="pass at least one layer")
         y = self.layers[0](*args, **kwargs)
         for layer in self.layers[1:]:
             if isinstance(y, tuple):
@@ -513,7 +543,7 @@ class BatchApply:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leading = next(jnp.shape(x)[: self.num_dims] for x in jax.tree.leaves((args, kwargs)))
-        merge = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[self.num_dims :]))  # noqa: E731
-        split = lambda y: jnp.reshape(y, (*leading, *jnp.shape(y)[1:])) if jnp.ndim(y) else y  # noqa: E731
+        merge = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[self.num_dims :]))
+        split = lambda y: jnp.reshape(y, (*leading, *jnp.shape(y)[1:])) if jnp.ndim(y) else y
         args, kwargs = jax.tree.map(merge, (args, kwargs))
         return jax.tree.map(split, self.f(*args, **kwargs))

@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
+
+import jax
 
 from batiste.errors import ModifyScopeVariableError
 from batiste.graph import Intermediate, Pytree
@@ -35,7 +37,7 @@ class _Undrawn:
 
 def _describe(of: type, settings: tuple[tuple[str, Any], ...]) -> Any:
     """The layer with Recipes in place of values."""
-    with describing():
+    with jax.ensure_compile_time_eval(), describing():  # it is remembered: it must belong to no trace
         return of(**dict(settings), rngs=_Undrawn) if "rngs" in parameters(of) else of(**dict(settings))
 
 
@@ -45,7 +47,9 @@ _remembered = functools.lru_cache(maxsize=4096)(_describe)
 @functools.cache
 def parameters(of: type) -> frozenset[str]:
     """The names of the constructor's arguments, with those that it hands on to its base."""
-    return frozenset(name for cls in of.__mro__ if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters)
+    return frozenset(
+        name for cls in of.__mro__ if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters
+    )
 
 
 def describe(of: type, settings: Mapping[str, Any]) -> Any:
@@ -94,7 +98,9 @@ def _born(scope: Scope, col: str, name: str, recipe: Recipe, shape: tuple[int, .
     if scope.has_variable(col, name):
         value = scope.get_variable(col, name)
         if col == "params":
-            scope.check_shapes(name, value, recipe if shape == recipe.shape else Recipe(recipe.init, shape, recipe.dtype, True))
+            scope.check_shapes(
+                name, value, recipe if shape == recipe.shape else Recipe(recipe.init, shape, recipe.dtype, True)
+            )
         return unboxed(value)
     if col == "params":
         scope.check_can_make(name)
@@ -123,7 +129,7 @@ def instantiate(described: Any, scope: Scope, shapes: Mapping[str, tuple[int, ..
 class Lazy(Module):
     """An object layer whose sizes its first input tells. Fields with the names of its arguments are passed on to it."""
 
-    _of: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    _of: ClassVar[Any]
 
     def __init_subclass__(cls, of: type | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)

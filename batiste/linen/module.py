@@ -12,9 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,11 @@ from batiste.errors import (
     ApplyModuleInvalidMethodError,
     AssignSubModuleError,
     CallCompactUnboundModuleError,
+    CallShareScopeOnUnboundModuleError,
     CallUnbindOnUnboundModuleError,
     DescriptorAttributeError,
     IncorrectPostInitOverrideError,
     InvalidInstanceModuleError,
-    InvalidRngError,
     NameInUseError,
     ReservedModuleAttributeError,
     SetAttributeFrozenModuleError,
@@ -37,10 +36,11 @@ from batiste.errors import (
 from batiste.graph.errors import ArgumentError, CallError
 
 from .abstract import without_values
-from .scope import DenyList, Scope, Variable, in_filter, is_key, root_scope
+from .calls import ALL_BUT_INTERMEDIATES, apply, init, init_with_output, streams_of
+from .context import InterceptorContext, in_module, intercept_methods, intercepted, running
+from .scope import Scope, Variable, root_scope
 
 F = TypeVar("F", bound=Callable[..., Any])
-M = TypeVar("M", bound="Module")
 
 
 class Unspecified:
@@ -49,75 +49,11 @@ class Unspecified:
     def __repr__(self) -> str:
         return "unspecified"
 
+    def __reduce__(self) -> str:
+        return "unspecified"  # copies are the one object
+
 
 unspecified = Unspecified()
-
-
-# ---------------------------------------------------------------- what is running
-
-
-@dataclasses.dataclass(frozen=True)
-class InterceptorContext:
-    """What an interceptor of `intercept_methods` is told: the module, the name of the method, the bound method."""
-
-    module: Module
-    method_name: str
-    orig_method: Callable[..., Any]
-
-
-class _Running(threading.local):
-    """The modules whose methods are running in this thread, innermost last; None where a call begins anew."""
-
-    def __init__(self):
-        self.modules: list[Module | None] = [None]
-        self.interceptors: list[Callable[..., Any]] = []
-        self.named = True
-
-
-running = _Running()
-
-
-@contextlib.contextmanager
-def in_module(module: Module | None) -> Iterator[None]:
-    """Makes `module` the parent of modules that are created inside."""
-    running.modules.append(module)
-    try:
-        yield
-    finally:
-        running.modules.pop()
-
-
-@contextlib.contextmanager
-def intercept_methods(interceptor: Callable[..., Any]) -> Iterator[None]:
-    """Runs `interceptor(next_fun, args, kwargs, context)` around every method call of a module inside.
-
-    The interceptor that was put on last comes first; `next_fun(*args, **kwargs)` goes on.
-    """
-    running.interceptors.append(interceptor)
-    try:
-        yield
-    finally:
-        running.interceptors.pop()
-
-
-@contextlib.contextmanager
-def override_named_call(enable: bool = True) -> Iterator[None]:
-    """Inside, operations carry the names of the modules they belong to, or do not."""
-    before, running.named = running.named, enable
-    try:
-        yield
-    finally:
-        running.named = before
-
-
-def enable_named_call() -> None:
-    """From now on operations carry the names of the modules they belong to."""
-    running.named = True
-
-
-def disable_named_call() -> None:
-    """From now on operations carry no names of modules."""
-    running.named = False
 
 
 # ---------------------------------------------------------------- marks on methods
@@ -126,6 +62,13 @@ def disable_named_call() -> None:
 def compact(fun: F) -> F:
     """Lets submodules and variables be made in the body of the method, where they are used."""
     fun.compact = True  # type: ignore[attr-defined]
+    return fun
+
+
+def compact_name_scope(fun: F) -> F:
+    """As `compact`, for methods beside the compact one: what the body makes is in a scope of the method's name."""
+    fun.compact = True  # type: ignore[attr-defined]
+    fun.compact_name_scope = True  # type: ignore[attr-defined]
     return fun
 
 
@@ -161,6 +104,7 @@ class _State:
     compact_depth: int = 0
     setup_begun: bool = False
     names_made: dict[str, int] = dataclasses.field(default_factory=dict)
+    names_taken: set[str] = dataclasses.field(default_factory=set)  # by the last run of the compact method
     children: dict[str, Module] = dataclasses.field(default_factory=dict)
     adopted: dict[int, tuple[Module, Module]] = dataclasses.field(default_factory=dict)  # shared by all of one binding
 
@@ -183,6 +127,7 @@ class Module:
     name: str | None
     parent: Any
     scope: Scope | None = None
+    preserve_adopted_names: ClassVar[bool] = False  # modules that come in through fields keep names of their own
     _state: _State
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any):
@@ -193,7 +138,12 @@ class Module:
         cls.__annotations__ = {**hints, "parent": "Any", "name": "str | None"}
         cls.parent = dataclasses.field(default=unspecified, repr=False, kw_only=True)
         cls.name = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
-        dataclasses.dataclass(unsafe_hash="__hash__" not in vars(cls), repr=False, kw_only=kw_only)(cls)
+        defined = set(vars(cls))
+        dataclasses.dataclass(unsafe_hash="__hash__" not in defined, repr=False, kw_only=kw_only)(cls)
+        if "__hash__" not in defined:
+            cls.__hash__ = _hash_unbound(cls.__hash__)  # type: ignore[method-assign]
+        fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        fields.update({name: fields.pop(name) for name in ("parent", "name")})  # they come last
         for name, value in list(vars(cls).items()):
             if _is_method(name, value) and name not in hints:
                 setattr(cls, name, _wrapped(value))
@@ -262,6 +212,8 @@ class Module:
         if module.parent is None:  # made outside: a copy of it joins, the same one wherever it is met
             _, known = self._state.adopted.get(id(module), (None, None))
             if known is None:
+                if self.preserve_adopted_names and module.name is not None:
+                    name = module.name
                 known = module.clone(parent=None, name=name)
                 self._state.adopted[id(module)] = (module, known)
                 known._attach(self, name)
@@ -278,20 +230,21 @@ class Module:
             return
         if not state.in_setup:
             raise SetAttributeFrozenModuleError(type(self).__name__, name, value)
-        if name in self.__dataclass_fields__:  # type: ignore[attr-defined]
+        field = self.__dataclass_fields__.get(name)  # type: ignore[attr-defined]
+        if field is not None and field.init:
             raise SetAttributeInModuleSetupError
         object.__setattr__(self, name, self._adopt(name, value))
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") and "_state" in vars(self):
-            if isinstance(inspect.getattr_static(type(self), name, None), property):
+            if hasattr(inspect.getattr_static(type(self), name, None), "__get__"):
                 raise DescriptorAttributeError
             self._try_setup()
             if name in vars(self):
                 return vars(self)[name]
         raise AttributeError(
-            f'"{type(self).__name__}" object has no attribute "{name}". If "{name}" is defined in \'.setup()\', remember '
-            "these fields are only accessible from inside 'init' or 'apply'."
+            f'"{type(self).__name__}" object has no attribute "{name}". If "{name}" is defined in \'.setup()\', '
+            "remember these fields are only accessible from inside 'init' or 'apply'."
         )
 
     def __dir__(self) -> list[str]:
@@ -321,38 +274,55 @@ class Module:
             return
         state.setup_begun = state.in_setup = True
         try:
-            with in_module(self):
-                self.setup.__wrapped__(self)  # type: ignore[attr-defined]
+            if type(self).setup is not Module.setup:
+                self.setup()
         finally:
             state.in_setup = False
 
     def _call_wrapped_method(self, fun: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a method: after `setup`, as the parent of what is made, under the module's name, past all interceptors."""
+        """Runs a method: after `setup`, as the parent of what is made, past all interceptors."""
         if "_state" not in vars(self):
             raise IncorrectPostInitOverrideError
-        name, state = fun.__name__, self._state
+        name = fun.__name__
         is_compact = hasattr(fun, "compact")
         if is_compact and self.scope is None:
             raise CallCompactUnboundModuleError
         self._try_setup()
-        running.modules.append(self)
-        state.compact_depth += is_compact
-        try:
-            with self._named(name):
-                if running.interceptors:
-                    call = _intercepted(fun, InterceptorContext(self, name, functools.partial(fun, self)))
-                    y = call(self, *args, **kwargs)
-                else:
-                    y = fun(self, *args, **kwargs)
+        with in_module(self), self._compact(fun) if is_compact else contextlib.nullcontext(), self._named(name):
+            if running.interceptors:
+                bound = functools.partial(fun, self)
+                y = intercepted(fun, InterceptorContext(self, name, bound))(*args, **kwargs)
+            else:
+                y = fun(self, *args, **kwargs)
             if self.scope is not None and (wanted := self.scope.get_flag("capture")) and wanted(self, name):
                 self.sow("intermediates", name, y)
-            return y
+        return y
+
+    @contextlib.contextmanager
+    def _compact(self, fun: Callable[..., Any]) -> Iterator[None]:
+        """While a compact method runs: names are counted from the start, and those of its last run are free."""
+        state, scope = self._state, self.scope
+        own_scope = hasattr(fun, "compact_name_scope")
+        if own_scope:
+            object.__setattr__(self, "scope", scope.push(fun.__name__, reuse=True).rewound())  # type: ignore[union-attr]
+        outermost = own_scope or not state.compact_depth
+        made = state.names_made
+        if outermost:
+            state.names_made = {}
+            if not own_scope:
+                for name in state.names_taken:
+                    self.scope.reserved.pop(name, None)  # type: ignore[union-attr]
+        before = set(self.scope.reserved)  # type: ignore[union-attr]
+        state.compact_depth += 1
+        try:
+            yield
         finally:
-            running.modules.pop()
-            state.compact_depth -= is_compact
-            if is_compact and not state.compact_depth:
-                state.names_made.clear()
-                self.scope.rewound()  # type: ignore[union-attr]
+            state.compact_depth -= 1
+            if outermost:
+                state.names_made = made
+                if not own_scope:
+                    state.names_taken = set(self.scope.reserved) - before  # type: ignore[union-attr]
+            object.__setattr__(self, "scope", scope if own_scope else self.scope)
 
     def _named(self, method: str) -> contextlib.AbstractContextManager[Any]:
         if not running.named:
@@ -361,7 +331,9 @@ class Module:
         return jax.named_scope(name if method == "__call__" else f"{name}.{method}")
 
     # ------------------------------------------------------------ copies
-    def clone(self: M, *, parent: Any = None, _deep_clone: Any = False, _reset_names: bool = False, **updates: Any) -> M:
+    def clone(
+        self, *, parent: Any = None, _deep_clone: Any = False, _reset_names: bool = False, **updates: Any
+    ) -> Self:
         """The same module with other settings, unbound or under another parent."""
         copies: dict[int, Module] = {}
 
@@ -386,7 +358,7 @@ class Module:
             settings["name"] = None
         return type(self)(**{**settings, **updates, "parent": parent})
 
-    def copy(self: M, *, parent: Any = unspecified, name: str | None = None, **updates: Any) -> M:
+    def copy(self, *, parent: Any = unspecified, name: str | None = None, **updates: Any) -> Self:
         """A copy under the module that is being called, with other settings."""
         return self.clone(parent=parent, name=name, **updates)
 
@@ -410,13 +382,16 @@ class Module:
     def _new_name(self, kind: str, plural: str, name: str, col: str) -> Scope:
         scope = self._bound(f"Can't create {plural.lower()}")
         if not self._initialization_allowed:
-            raise ArgumentError(f"{plural} must be initialized in `setup()` or in a method wrapped in `@compact`", at=scope.path_text,
+            problem = f"{plural} must be initialized in `setup()` or in a method wrapped in `@compact`"
+            raise ArgumentError(problem, at=scope.path_text,
                                 fix="move it into setup(), or decorate the method with @compact")  # fmt: skip
         if scope.name_reserved(name, col):
             raise NameInUseError(kind, name, type(self).__name__)
         return scope
 
-    def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
+    def param(
+        self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **init_kwargs: Any
+    ) -> Any:
         """The parameter `name`; `init_fn(key, *init_args)` makes it."""
         scope = self._new_name("param", "Parameters", name, "params")
         return scope.param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
@@ -477,16 +452,20 @@ class Module:
     def perturb(self, name: str, value: Any, collection: str = "perturbations") -> Any:
         """value + the variable `name`, which is zero: its gradient is that of `value`."""
         scope = self._bound("Can't store variables")
-        if not scope.is_mutable_collection(collection) and not scope.has_variable(collection, name):
-            return value
-        if scope.is_mutable_collection(collection) and not scope.has_variable(collection, name):
+        if not scope.has_variable(collection, name):
+            if not scope.is_mutable_collection(collection):
+                if scope.is_collection_empty(collection):
+                    return value
+                problem = f"Perturbation collection {collection} present, but missing perturbation variable {name}"
+                raise ArgumentError(problem, at=scope.path_text,
+                                    fix="initialise the model anew, or leave the collection out")  # fmt: skip
             scope.reserve(name, collection)
             scope.put_variable(collection, name, jax.tree.map(jnp.zeros_like, value))
         return jax.tree.map(jnp.add, value, scope.get_variable(collection, name))
 
     # ------------------------------------------------------------ from and to variables
-    def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False,
-              capture_intermediates: Any = False, **kwargs: Any) -> Any:  # fmt: skip
+    def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, method: Any = None,
+              mutable: Any = False, capture_intermediates: Any = False, **kwargs: Any) -> Any:  # fmt: skip
         """The result of a method; with `mutable`, also the collections that may have changed.
 
         Args:
@@ -500,18 +479,38 @@ class Module:
         call = apply(_method_of(self, method), self, mutable, capture_intermediates)
         return call(variables, *args, **kwargs, rngs=rngs)
 
-    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = DenyList("intermediates"),
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
                          capture_intermediates: Any = False, **kwargs: Any) -> tuple[Any, dict[str, Any]]:  # fmt: skip
         """The result of a method, and the variables that it made. Arguments as in `apply`."""
         call = init_with_output(_method_of(self, method), self, mutable, capture_intermediates)
         return call(rngs, *args, **kwargs)
 
-    def init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = DenyList("intermediates"),
+    def init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
              capture_intermediates: Any = False, **kwargs: Any) -> dict[str, Any]:  # fmt: skip
         """The variables that a method makes. Arguments as in `apply`."""
         return init(_method_of(self, method), self, mutable, capture_intermediates)(rngs, *args, **kwargs)
 
-    def lazy_init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = DenyList("intermediates"),
+    def module_paths(self, rngs: Any, *args: Any, show_repeated: bool = False, mutable: Any = ALL_BUT_INTERMEDIATES,
+                     **kwargs: Any) -> dict[str, Module]:  # fmt: skip
+        """The modules that `init` calls, by their paths; one that is called by two names stands under the first.
+
+        Args:
+            show_repeated: it stands under both.
+        """
+        found: dict[str, Module] = {}
+
+        def note(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: InterceptorContext) -> Any:
+            module = context.module
+            if show_repeated or all(module is not other for other in found.values()):
+                found.setdefault("/".join(module.path), module)
+            return call(*args, **kwargs)
+
+        with intercept_methods(note):
+            jax.eval_shape(lambda: self.init(rngs, *args, mutable=mutable, **kwargs))
+        with in_module(None):
+            return {path: module.clone(_reset_names=True) for path, module in found.items()}
+
+    def lazy_init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
                   **kwargs: Any) -> dict[str, Any]:  # fmt: skip
         """As `init`, for arguments of which only shape and dtype are known (`jax.ShapeDtypeStruct`).
 
@@ -520,13 +519,15 @@ class Module:
         """
         return without_values(functools.partial(self.init, method=method, mutable=mutable))(rngs, *args, **kwargs)
 
-    def bind(self: M, variables: Mapping[str, Any], *args: Any, rngs: Any = None, mutable: Any = False) -> M:
+    def bind(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, mutable: Any = False) -> Self:
         """The module with variables, for looking into it: its methods can be called as they are."""
         del args
+        if not isinstance(self, Module):
+            raise InvalidInstanceModuleError
         with in_module(None):
-            return self.clone(parent=root_scope(variables, _streams(rngs), mutable))
+            return self.clone(parent=root_scope(variables, streams_of(rngs), mutable))
 
-    def unbind(self: M) -> tuple[M, Mapping[str, Mapping[str, Any]]]:
+    def unbind(self) -> tuple[Self, Mapping[str, Mapping[str, Any]]]:
         """The module without variables, and its variables."""
         if self.scope is None:
             raise CallUnbindOnUnboundModuleError
@@ -534,37 +535,44 @@ class Module:
             return self.clone(_reset_names=True), self.variables
 
 
-def _method_of(module: Module, method: Any) -> Callable[..., Any]:
-    """A function of a module: from None, a name, a method, or a function."""
+def _method_of(module: Any, method: Any) -> Callable[..., Any]:
+    """A function of a module: from None, a name, a method, or a function.
+
+    Raises:
+        InvalidInstanceModuleError: `module` is none.
+        ApplyModuleInvalidMethodError: `method` cannot be called on a module.
+    """
     if not isinstance(module, Module):
         raise InvalidInstanceModuleError
     if "_state" not in vars(module):
         raise IncorrectPostInitOverrideError
-    if isinstance(method, str):
-        name, method = method, getattr(type(module), method, None) or getattr(module, method)
+    if method is None or isinstance(method, str):
+        name = method or "__call__"
+        own = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
+        method = (
+            own
+            if inspect.isfunction(own)
+            else module.__getattr__(name)
+            if name == "__call__"
+            else getattr(module, name)
+        )
         if not callable(method):
-            raise CallError(f"'{type(module).__name__}.{name}' must be a callable", got=type(method),
-                            fix="name a method")  # fmt: skip
-    method = type(module).__call__ if method is None else method
+            raise CallError(
+                f"'{type(module).__name__}.{name}' must be a callable", got=type(method), fix="name a method"
+            )
     method = getattr(method, "__func__", method)
-    if not callable(method):
+    if not callable(method) or (inspect.isfunction(method) and not inspect.signature(method).parameters):
         raise ApplyModuleInvalidMethodError(method)
     return method
 
 
-Module.setup = _wrapped(Module.setup)  # type: ignore[method-assign]
+def _hash_unbound(hash_of_fields: Callable[[Any], int]) -> Callable[[Any], int]:
+    def __hash__(self: Any) -> int:
+        if self.scope is not None:
+            raise TypeError("Can't call __hash__ on modules that hold variables.")
+        return hash_of_fields(self)
 
-
-def _intercepted(fun: Callable[..., Any], context: InterceptorContext) -> Callable[..., Any]:
-    """`fun` inside all interceptors."""
-    interceptors = list(running.interceptors)
-
-    def step(number: int, *args: Any, **kwargs: Any) -> Any:
-        if number < 0:
-            return fun(context.module, *args, **kwargs)
-        return interceptors[number](functools.partial(step, number - 1), args, kwargs, context)
-
-    return lambda _, *args, **kwargs: step(len(interceptors) - 1, *args, **kwargs)
+    return __hash__
 
 
 def _shown(value: Any) -> str:
@@ -573,111 +581,25 @@ def _shown(value: Any) -> str:
     return value.__name__ if hasattr(value, "__name__") else repr(value)
 
 
-# ---------------------------------------------------------------- functions of modules as functions of variables
-
-
-def _streams(rngs: Any) -> Mapping[str, Any] | None:
-    """Keys by name; a single key is that of `params`.
+def share_scope(module: Module, other: Module, /) -> None:
+    """Lets two modules keep their variables in one scope: that of the one which stands higher in the model.
 
     Raises:
-        ArgumentError: neither a key nor a mapping of keys.
+        CallShareScopeOnUnboundModuleError: `module` is unbound.
     """
-    if rngs is None or (isinstance(rngs, Mapping) and all(map(is_key, rngs.values()))):
-        return rngs
-    if is_key(rngs):
-        return {"params": rngs}
-    raise ArgumentError("The `rngs` argument passed to an apply function should be a `jax.PRNGKey` or a dictionary mapping "
-                        "strings to `jax.PRNGKey`", got=_kind(rngs), fix='pass {"dropout": jax.random.key(0)}')  # fmt: skip
+    if module.scope is None:
+        raise CallShareScopeOnUnboundModuleError
+    above = other.scope is not None and module.scope.path[: len(other.scope.path)] == other.scope.path
+    moved, target = (module, other.scope) if above else (other, module.scope)
+    old = moved.scope
+    if old is not None and target.children.get(old.name) is old:  # type: ignore[union-attr]
+        del target.children[old.name]  # type: ignore[union-attr]
+        target.reserved.pop(old.name, None)  # type: ignore[union-attr]
+    _move(moved, target)  # type: ignore[arg-type]
 
 
-def _streams_for_init(rngs: Any, module: Module) -> Mapping[str, Any]:
-    arrays = [rngs] if not isinstance(rngs, Mapping) else list(rngs.values())
-    if any(isinstance(x, jax.Array) and not is_key(x) for x in arrays):
-        raise InvalidRngError(f"RNGs should be of shape (2,) or PRNGKey in Module {type(module).__name__}, but rngs are: {rngs}")
-    if not all(map(is_key, arrays)):
-        raise ArgumentError("First argument passed to an init function should be a `jax.PRNGKey` or a dictionary mapping "
-                            "strings to `jax.PRNGKey`", got=_kind(rngs), fix="pass jax.random.key(0)")  # fmt: skip
-    return rngs if isinstance(rngs, Mapping) else {"params": rngs}
-
-
-def _kind(rngs: Any) -> str:
-    return ", ".join(f"{k}: {type(v).__name__}" for k, v in rngs.items()) if isinstance(rngs, Mapping) else type(rngs).__name__
-
-
-def _every_call(module: Module, name: str) -> bool:
-    return name == "__call__"
-
-
-def apply(fn: Callable[..., Any], module: Module, mutable: Any = False, capture_intermediates: Any = False) -> Callable[..., Any]:
-    """`f(variables, *args, rngs=None)`, which runs `fn(module, *args)` with these variables. Arguments as in `Module.apply`."""
-
-    @functools.wraps(fn)
-    def call(variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-        return _run(fn, module, variables, _streams(rngs), mutable, capture_intermediates, {}, args, kwargs)
-
-    return call
-
-
-def init_with_output(fn: Callable[..., Any], module: Module, mutable: Any = DenyList("intermediates"),
-                     capture_intermediates: Any = False) -> Callable[..., Any]:  # fmt: skip
-    """`f(rngs, *args)`, which returns `fn(module, *args)` and the variables that it made."""
-
-    @functools.wraps(fn)
-    def call(rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        streams = _streams_for_init(rngs, module)
-        return _run(fn, module, {}, streams, mutable, capture_intermediates, {"initializing": True}, args, kwargs)
-
-    return call
-
-
-def init(fn: Callable[..., Any], module: Module, mutable: Any = DenyList("intermediates"),
-         capture_intermediates: Any = False) -> Callable[..., Any]:  # fmt: skip
-    """`f(rngs, *args)`, which returns the variables that `fn(module, *args)` makes."""
-    with_output = init_with_output(fn, module, mutable, capture_intermediates)
-
-    @functools.wraps(fn)
-    def call(rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return with_output(rngs, *args, **kwargs)[1]
-
-    return call
-
-
-def _run(fn: Callable[..., Any], module: Module, variables: Mapping[str, Any], rngs: Mapping[str, Any] | None, mutable: Any,
-         capture: Any, flags: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:  # fmt: skip
-    if capture:
-        flags["capture"] = _every_call if capture is True else capture
-        if not in_filter(mutable, "intermediates"):
-            mutable = ["intermediates"] if mutable is False else _with_intermediates(mutable)
-    scope = root_scope(variables, rngs, mutable, flags)
-    try:
-        with in_module(None):
-            y = fn(module.clone(parent=scope), *args, **kwargs)
-    finally:
-        scope.invalidate()
-    return y if mutable is False else (y, scope.mutable_variables())
-
-
-def _with_intermediates(mutable: Any) -> Any:
-    if isinstance(mutable, str):
-        return [mutable, "intermediates"]
-    if isinstance(mutable, DenyList):
-        deny = mutable.deny
-        if isinstance(deny, bool):
-            return ["intermediates"] if deny else True
-        return DenyList([col for col in ([deny] if isinstance(deny, str) else deny) if col != "intermediates"])
-    return [*mutable, "intermediates"]
-
-
-def merge_param(name: str, a: Any, b: Any) -> Any:
-    """The one of `a` (of the constructor) and `b` (of the call) that is not None.
-
-    Raises:
-        ArgumentError: both are given, or neither.
-    """
-    if a is None and b is None:
-        raise ArgumentError(f'Parameter "{name}" must be passed to the constructor or at call time',
-                            fix=f"pass {name}= to one of them")  # fmt: skip
-    if a is not None and b is not None:
-        raise ArgumentError(f'Parameter "{name}" was passed to the constructor and at call time. Should be passed just once',
-                            fix=f"take {name}= out of one of them")  # fmt: skip
-    return b if a is None else a
+def _move(module: Module, scope: Scope) -> None:
+    """Puts a module, and the parts that it has, into another scope."""
+    object.__setattr__(module, "scope", scope)
+    for name, child in module._state.children.items():
+        _move(child, scope.push(name))

@@ -8,10 +8,11 @@ scopes of a call share (the keys, what may be written, flags) is their `Frame`, 
 
 How a scope crosses a transform: hand it to the core's transform like any other module, `vmap(f)(scope, *args)`.
 Collections are told apart by the type of their Variables (`Variable.collection`), so `variable_axes` is a rule on that
-name; the keys are the `RngKey`s in `frame.rngs`, whose `tag` is the stream's name, so `split_rngs` is a rule on the tag,
-and `frame.folded` says how much of the path has gone into a key already. New variables and scopes are a structural change
-like any other and come back by the same rules. A Variable whose value is a mapping is a subtree which no submodule has
-asked for yet; `push` opens it by one level, so that a transform carries unopened parts along as they are.
+name; the keys are the `RngKey`s in `frame.rngs`, whose `tag` is the stream's name, so `split_rngs` is a rule on the
+tag, and `frame.folded` says how much of the path has gone into a key already. New variables and scopes are a
+structural change like any other and come back by the same rules. A Variable whose value is a mapping is a subtree
+which no submodule has asked for yet; `push` opens it by one level, so that a transform carries unopened parts along as
+they are.
 """
 
 from __future__ import annotations
@@ -151,8 +152,16 @@ class Scope(Object):
     frame: Frame
     path: tuple[str, ...]
 
-    def __init__(self, variables: Mapping[str, Mapping[str, Any]], rngs: Mapping[str, Any] | None = None, name: str | None = None,
-                 mutable: Any = False, parent: Scope | None = None, path: Iterable[str] = (), flags: Mapping[str, Any] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        variables: Mapping[str, Mapping[str, Any]],
+        rngs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        mutable: Any = False,
+        parent: Scope | None = None,
+        path: Iterable[str] = (),
+        flags: Mapping[str, Any] | None = None,
+    ):
         frame = parent.frame if parent is not None else Frame(rngs or {}, mutable, flags or {})
         cells = {col: {k: _cell(col, v) for k, v in tree.items()} for col, tree in variables.items()}
         self._place(frame, cells, (*path, name) if name is not None else tuple(path))
@@ -166,6 +175,10 @@ class Scope(Object):
     @property
     def name(self) -> str | None:
         return self.path[-1] if self.path else None
+
+    @property
+    def debug_path(self) -> tuple[str, ...]:
+        return self.path
 
     @property
     def path_text(self) -> str:
@@ -237,8 +250,10 @@ class Scope(Object):
         child = self.children.get(name)
         if child is None:
             child = self.children[name] = Scope.__new__(Scope)
-            prepare(child, {})  # as calling the class would, without its checks
+            prepare(child, {}, self._pytree__state.trace)  # as calling the class would, without its checks
             child._place(self.frame, self._opened(name), (*self.path, name))
+        else:
+            child.reserved.clear()  # another module moves in
         return child
 
     def _opened(self, name: str) -> dict[str, dict[str, Cell]]:
@@ -317,8 +332,10 @@ class Scope(Object):
         else:
             cells[name] = _cell(col, value)
 
-    def variable(self, col: str, name: str, init_fn: Callable[..., Any] | None = None, *init_args: Any, unbox: bool = True,
-                 **init_kwargs: Any) -> Variable:  # fmt: skip
+    def variable(
+        self, col: str, name: str, init_fn: Callable[..., Any] | None = None, *init_args: Any,
+        unbox: bool = True, **init_kwargs: Any
+    ) -> Variable:  # fmt: skip
         """The variable `name` of collection `col`; `init_fn(*init_args)` gives its first value.
 
         Raises:
@@ -333,7 +350,9 @@ class Scope(Object):
             self.put_variable(col, name, init_fn(*init_args, **init_kwargs))
         return Variable(self, col, name, unbox)
 
-    def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
+    def param(
+        self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **init_kwargs: Any
+    ) -> Any:
         """The parameter `name`, a key drawn for `init_fn(key, *init_args)` where it has to be made.
 
         Raises:
@@ -428,7 +447,9 @@ def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
-def root_scope(variables: Any, rngs: Mapping[str, Any] | None, mutable: Any, flags: Mapping[str, Any] | None = None) -> Scope:
+def root_scope(
+    variables: Any, rngs: Mapping[str, Any] | None, mutable: Any, flags: Mapping[str, Any] | None = None
+) -> Scope:
     """A scope of its own for one call.
 
     Raises:

@@ -98,7 +98,8 @@ CASES = [
     Case("conv-transpose-flipped", lambda nn: nn.ConvTranspose(5, (3, 3), transpose_kernel=True), IMAGE),
     Case("batch-norm", lambda nn: nn.BatchNorm(use_running_average=False, scale_init=bias_init), X_BTD),
     Case("batch-norm-stored", lambda nn: nn.BatchNorm(use_running_average=True, bias_init=bias_init), X_BTD),
-    Case("batch-norm-two-axes", lambda nn: nn.BatchNorm(use_running_average=False, axis=(1, 2), scale_init=bias_init), (normal(9, 2, 3),)),
+    Case("batch-norm-two-axes", lambda nn: nn.BatchNorm(
+        use_running_average=False, axis=(1, 2), scale_init=bias_init), (normal(9, 2, 3),)),
     Case("layer-norm", lambda nn: nn.LayerNorm(scale_init=bias_init, bias_init=bias_init), X_BTD),
     Case("layer-norm-two-axes", lambda nn: nn.LayerNorm(
         reduction_axes=(1, 2), feature_axes=(1, 2), scale_init=bias_init), X_BTD),

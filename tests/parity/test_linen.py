@@ -27,7 +27,7 @@ def run(lib: Any, case: Case) -> tuple[Any, Any, Any, Any]:
     """The variables that `init` makes, the result and the changed collections of `apply`, and the gradients."""
     module, inputs = case.build(lib), [jnp.asarray(x) for x in case.inputs]
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    method = lambda module, *inputs: case.call(module, *inputs)  # noqa: E731
+    method = lambda module, *inputs: case.call(module, *inputs)
     variables = jax.jit(functools.partial(module.init, method=method))(keys, *inputs)
     floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in inputs]
 
@@ -74,7 +74,8 @@ def test_gradients_agree(case):
     assert_close(run(batiste.linen, case)[3], run(flax.linen, case)[3], case.tolerance)
 
 
-LAYERS = sorted({type(case.build(flax.linen)).__name__ for case in CASES if hasattr(flax.linen, type(case.build(flax.linen)).__name__)})
+NAMES = {type(case.build(flax.linen)).__name__ for case in CASES}
+LAYERS = sorted(name for name in NAMES if hasattr(flax.linen, name))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of a module as functions of its variables: a call binds a copy of the module to a scope of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from batiste.errors import InvalidRngError
+from batiste.graph.errors import ArgumentError
+
+from .context import in_module
+from .scope import DenyList, in_filter, is_key, root_scope
+
+if TYPE_CHECKING:
+    from .module import Module
+
+ALL_BUT_INTERMEDIATES = DenyList("intermediates")
+
+
+def streams_of(rngs: Any) -> Mapping[str, Any] | None:
+    """Keys by name; a single key is that of `params`.
+
+    Raises:
+        ArgumentError: neither a key nor a mapping of keys.
+    """
+    if rngs is None or (isinstance(rngs, Mapping) and all(map(is_key, rngs.values()))):
+        return rngs
+    if is_key(rngs):
+        return {"params": rngs}
+    raise ArgumentError("The ``rngs`` argument passed to an apply function should be a ``jax.PRNGKey`` or a dictionary "
+                        "mapping "
+                        "strings to ``jax.PRNGKey``", got=_kind(rngs),
+                        fix='pass {"dropout": jax.random.key(0)}')  # fmt: skip
+
+
+def _streams_for_init(rngs: Any, module: Module) -> Mapping[str, Any]:
+    arrays = [rngs] if not isinstance(rngs, Mapping) else list(rngs.values())
+    if any(isinstance(x, jax.Array) and not is_key(x) for x in arrays):
+        raise InvalidRngError(
+            f"RNGs should be of shape (2,) or PRNGKey in Module {type(module).__name__}, but rngs are: {rngs}"
+        )
+    if not all(map(is_key, arrays)):
+        raise ArgumentError("First argument passed to an init function should be a ``jax.PRNGKey`` or a dictionary "
+                            "mapping "
+                            "strings to ``jax.PRNGKey``", got=_kind(rngs), fix="pass jax.random.key(0)")  # fmt: skip
+    return rngs if isinstance(rngs, Mapping) else {"params": rngs}
+
+
+def _kind(rngs: Any) -> str:
+    return (
+        ", ".join(f"{k}: {type(v).__name__}" for k, v in rngs.items())
+        if isinstance(rngs, Mapping)
+        else type(rngs).__name__
+    )
+
+
+def _every_call(module: Module, name: str) -> bool:
+    return name == "__call__"
+
+
+def apply(
+    fn: Callable[..., Any], module: Module, mutable: Any = False, capture_intermediates: Any = False
+) -> Callable[..., Any]:
+    """`f(variables, *args, rngs=None)`, which runs `fn(module, *args)` with them. Arguments as in `Module.apply`."""
+
+    @functools.wraps(fn)
+    def call(variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        return _run(fn, module, variables, streams_of(rngs), mutable, capture_intermediates, {}, args, kwargs)
+
+    return call
+
+
+def init_with_output(fn: Callable[..., Any], module: Module, mutable: Any = ALL_BUT_INTERMEDIATES,
+                     capture_intermediates: Any = False) -> Callable[..., Any]:  # fmt: skip
+    """`f(rngs, *args)`, which returns `fn(module, *args)` and the variables that it made."""
+
+    @functools.wraps(fn)
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        streams = _streams_for_init(rngs, module)
+        return _run(fn, module, {}, streams, mutable, capture_intermediates, {"initializing": True}, args, kwargs)
+
+    return call
+
+
+def init(fn: Callable[..., Any], module: Module, mutable: Any = ALL_BUT_INTERMEDIATES,
+         capture_intermediates: Any = False) -> Callable[..., Any]:  # fmt: skip
+    """`f(rngs, *args)`, which returns the variables that `fn(module, *args)` makes."""
+    with_output = init_with_output(fn, module, mutable, capture_intermediates)
+
+    @functools.wraps(fn)
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return with_output(rngs, *args, **kwargs)[1]
+
+    return call
+
+
+def _run(fn: Callable[..., Any], module: Module, variables: Mapping[str, Any], rngs: Mapping[str, Any] | None,
+         mutable: Any, capture: Any, flags: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:  # fmt: skip
+    if capture:
+        flags["capture"] = _every_call if capture is True else capture
+        if not in_filter(mutable, "intermediates"):
+            mutable = ["intermediates"] if mutable is False else _with_intermediates(mutable)
+    scope = root_scope(variables, rngs, mutable, flags)
+    try:
+        with in_module(None):
+            y = fn(module.clone(parent=scope), *args, **kwargs)
+    finally:
+        scope.invalidate()
+    return y if mutable is False else (y, scope.mutable_variables())
+
+
+def _with_intermediates(mutable: Any) -> Any:
+    if isinstance(mutable, str):
+        return [mutable, "intermediates"]
+    if isinstance(mutable, DenyList):
+        deny = mutable.deny
+        if isinstance(deny, bool):
+            return ["intermediates"] if deny else True
+        return DenyList([col for col in ([deny] if isinstance(deny, str) else deny) if col != "intermediates"])
+    return [*mutable, "intermediates"]
+
+
+def merge_param(name: str, a: Any, b: Any) -> Any:
+    """The one of `a` (of the constructor) and `b` (of the call) that is not None.
+
+    Raises:
+        ArgumentError: both are given, or neither.
+    """
+    if a is None and b is None:
+        raise ArgumentError(f'Parameter "{name}" must be passed to the constructor or at call time',
+                            fix=f"pass {name}= to one of them")  # fmt: skip
+    if a is not None and b is not None:
+        raise ArgumentError(f'Parameter "{name}" was passed to the constructor and at call time. Should be passed just '
+                            'once',
+                            fix=f"take {name}= out of one of them")  # fmt: skip
+    return b if a is None else a
