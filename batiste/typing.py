@@ -142,8 +142,8 @@ class SizeBytes:
 
 
 def _bytes_repr(num_bytes: int) -> str:
-    power = min((len(str(num_bytes)) - 1) // 3, 4)
-    return f"{num_bytes / 1000**power:.1f} {'KMGT'[power - 1]}B" if power else f"{num_bytes} B"
+    power = sum(num_bytes > 1000**power for power in (1, 2, 3))
+    return f"{num_bytes / 1000**power:,.1f} {'KMG'[power - 1]}B" if power else f"{num_bytes:,} B"
 
 
 # ---------------------------------------------------------------- keys, paths and collections of variables

@@ -12,7 +12,7 @@ from batiste.typing import HashableMapping, PytreeDeque, SizeBytes
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(4, "4 B"), (999, "999 B"), (4096, "4.1 KB"), (123456, "123.5 KB"), (5 * 2**20, "5.2 MB")]
+    ("number", "text"), [(4, "4 B"), (1000, "1,000 B"), (4096, "4.1 KB"), (123456, "123.5 KB"), (5 * 2**20, "5.2 MB")]
 )
 def test_sizes_are_written_with_units(number, text) -> None:
     assert repr(SizeBytes(1000, number)) == f"1,000 ({text})"

@@ -185,6 +185,6 @@ def pretty_repr(x: Any, num_spaces: int = 4) -> str:
 
 def _indented(x: Any, num_spaces: int) -> str:
     if not isinstance(x, dict):
-        return x.pretty_repr(num_spaces) if isinstance(x, FrozenDict) else repr(x)
+        return repr(x)
     items = "".join(f"{key}: {_indented(value, num_spaces)},\n" for key, value in x.items())
     return "{\n" + textwrap.indent(items, " " * num_spaces) + "}" if x else "{}"

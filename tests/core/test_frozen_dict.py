@@ -70,7 +70,7 @@ def test_text_has_an_item_per_line() -> None:
     inner = "{\n    b: 1,\n    a: {\n        c: 2,\n    },\n}"
     assert repr(freeze(NESTED)) == f"FrozenDict({inner})" and pretty_repr(NESTED) == inner
     assert repr(FrozenDict()) == "FrozenDict({})" and pretty_repr([1]) == "[1]"
-    assert pretty_repr({"x": FrozenDict(y="z")}, 2) == "{\n  x: FrozenDict({\n    y: 'z',\n  }),\n}"
+    assert pretty_repr({"x": FrozenDict(y="z")}, 2) == "{\n  x: FrozenDict({\n      y: 'z',\n  }),\n}"
     assert repr(FrozenDict(a=1).keys()) == "frozen_dict_keys(['a'])"
     assert repr(FrozenDict(a=1).values()) == "frozen_dict_values([1])"
     assert isinstance(FrozenDict(a=1).keys(), frozen_dict.FrozenKeysView)
