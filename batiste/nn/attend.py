@@ -165,7 +165,7 @@ def _product(x: Array, y: Array, contracted: int, dtype: DTypeLike, precision: l
 
 
 def _repeated(x: Array, q: Array) -> Array:
-    """[B…, K, S, ·] -> [B…, H, S, ·], heads sharded as those of q[B…, H, T, D]: one head of keys for each of queries."""
+    """[B…, K, S, ·] -> [B…, H, S, ·], sharded as the heads of q[B…, H, T, D]."""
     heads, each = q.shape[-3], q.shape[-3] // x.shape[-3]
     if each == 1:
         return x
