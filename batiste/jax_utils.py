@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.api_util import debug_info
+from jax.core import ShapedArray
 from jax.extend.linear_util import wrap_init
 from jax.interpreters.partial_eval import PartialVal, trace_to_jaxpr_nounits
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -82,7 +83,7 @@ def partial_eval_by_shape(fn: Callable[..., Any], input_spec: Sequence[Any], *ar
         return leaves
 
     specs = [_spec(spec) for spec in input_spec]
-    unknown = [PartialVal.unknown(jax.core.ShapedArray(spec.shape, spec.dtype)) for spec in specs]
+    unknown = [PartialVal.unknown(ShapedArray(spec.shape, spec.dtype)) for spec in specs]
     wrapped = wrap_init(flat, debug_info=debug_info("partial_eval_by_shape", fn, specs, {}))
     _, values, _ = trace_to_jaxpr_nounits(wrapped, unknown)
 

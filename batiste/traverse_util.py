@@ -283,7 +283,7 @@ class ModelParamTraversal(Traversal):
     def __init__(self, filter_fn: Callable[[str, Any], bool]):
         self._filter_fn = filter_fn
 
-    def _sorted(self, inputs: Any) -> dict[str, Any]:
+    def _sorted(self, inputs: Any) -> dict[PathParts, Any]:
         if not isinstance(inputs, FrozenDict | dict):
             raise ValueError(f"Can only traverse a nested dict of parameters, not {type(inputs)}")
         flat = flatten_dict(inputs, keep_empty_nodes=True)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from types import GenericAlias, SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,31 @@ OURS, THEIRS = library("batiste"), library("flax")
 class Pair(NamedTuple):
     x: Any
     y: Any
+
+
+# ---------------------------------------------------------------- names and signatures
+
+
+def public(module: Any) -> dict[str, Any]:
+    """The functions and classes that a module defines, beside those whose name starts with an underscore."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__ and callable(value)
+    }
+
+
+@pytest.mark.parametrize(
+    "path", (MODULES + " io ids traceback_util training.prefetch_iterator training.orbax_utils").split()
+)
+def test_every_name_with_the_same_parameters(path) -> None:
+    ours, theirs = import_module(f"batiste.{path}"), import_module(f"flax.{path}")
+    for name, value in public(theirs).items():
+        if inspect.isclass(value) and "__init__" not in vars(value):
+            assert inspect.isclass(getattr(ours, name)), name
+        elif not isinstance(value, TypeVar | GenericAlias):
+            parameters = [list(inspect.signature(f).parameters) for f in (getattr(ours, name), value)]
+            assert parameters[0] == parameters[1], name
 
 
 # ---------------------------------------------------------------- bytes
