@@ -21,41 +21,24 @@ if TYPE_CHECKING:
 ALL_BUT_INTERMEDIATES = DenyList("intermediates")
 
 
-def streams_of(rngs: Any) -> Mapping[str, Any] | None:
+def streams_of(rngs: Any, module: Module, kind: str = "The ``rngs`` argument passed to an apply") -> Mapping[str, Any]:
     """Keys by name; a single key is that of `params`.
 
     Raises:
-        ArgumentError: neither a key nor a mapping of keys.
+        InvalidRngError: not a key, nor a mapping.
+        ArgumentError: a mapping of something else.
     """
-    if rngs is None or (isinstance(rngs, Mapping) and all(map(is_key, rngs.values()))):
-        return rngs
     if is_key(rngs):
         return {"params": rngs}
-    raise ArgumentError("The ``rngs`` argument passed to an apply function should be a ``jax.PRNGKey`` or a dictionary "
-                        "mapping "
-                        "strings to ``jax.PRNGKey``", got=_kind(rngs),
-                        fix='pass {"dropout": jax.random.key(0)}')  # fmt: skip
-
-
-def _streams_for_init(rngs: Any, module: Module) -> Mapping[str, Any]:
-    arrays = [rngs] if not isinstance(rngs, Mapping) else list(rngs.values())
-    if any(isinstance(x, jax.Array) and not is_key(x) for x in arrays):
-        raise InvalidRngError(
-            f"RNGs should be of shape (2,) or PRNGKey in Module {type(module).__name__}, but rngs are: {rngs}"
-        )
-    if not all(map(is_key, arrays)):
-        raise ArgumentError("First argument passed to an init function should be a ``jax.PRNGKey`` or a dictionary "
-                            "mapping "
-                            "strings to ``jax.PRNGKey``", got=_kind(rngs), fix="pass jax.random.key(0)")  # fmt: skip
-    return rngs if isinstance(rngs, Mapping) else {"params": rngs}
-
-
-def _kind(rngs: Any) -> str:
-    return (
-        ", ".join(f"{k}: {type(v).__name__}" for k, v in rngs.items())
-        if isinstance(rngs, Mapping)
-        else type(rngs).__name__
-    )
+    values = list(rngs.values()) if isinstance(rngs, Mapping) else [None]
+    if all(map(is_key, values)):
+        return rngs
+    if not isinstance(rngs, Mapping) or any(isinstance(x, jax.Array) for x in values):
+        name = type(module).__name__
+        raise InvalidRngError(f"RNGs should be of shape (2,) or PRNGKey in Module {name}, but rngs are: {rngs}")
+    problem = f"{kind} function should be a ``jax.PRNGKey`` or a dictionary mapping strings to ``jax.PRNGKey``"
+    got = ", ".join(f"{name}: {type(key).__name__}" for name, key in rngs.items())
+    raise ArgumentError(problem, got=got, fix='pass {"params": jax.random.key(0)}')
 
 
 def _every_call(module: Module, name: str) -> bool:
@@ -69,7 +52,17 @@ def apply(
 
     @functools.wraps(fn)
     def call(variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-        return _run(fn, module, variables, streams_of(rngs), mutable, capture_intermediates, {}, args, kwargs)
+        return _run(
+            fn,
+            module,
+            variables,
+            {} if rngs is None else streams_of(rngs, module),
+            mutable,
+            capture_intermediates,
+            {},
+            args,
+            kwargs,
+        )
 
     return call
 
@@ -80,7 +73,7 @@ def init_with_output(fn: Callable[..., Any], module: Module, mutable: Any = ALL_
 
     @functools.wraps(fn)
     def call(rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        streams = _streams_for_init(rngs, module)
+        streams = streams_of(rngs, module, "First argument passed to an init")
         return _run(fn, module, {}, streams, mutable, capture_intermediates, {"initializing": True}, args, kwargs)
 
     return call

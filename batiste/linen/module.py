@@ -525,7 +525,7 @@ class Module:
         if not isinstance(self, Module):
             raise InvalidInstanceModuleError
         with in_module(None):
-            return self.clone(parent=root_scope(variables, streams_of(rngs), mutable))
+            return self.clone(parent=root_scope(variables, None if rngs is None else streams_of(rngs, self), mutable))
 
     def unbind(self) -> tuple[Self, Mapping[str, Mapping[str, Any]]]:
         """The module without variables, and its variables."""
