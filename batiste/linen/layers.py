@@ -542,12 +542,12 @@ class BatchApply:
         self.f, self.num_dims = f, num_dims
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arrays = [jnp.shape(x) for x in jax.tree.leaves((args, kwargs)) if jnp.ndim(x)]
-        if not arrays or any(len(shape) < self.num_dims for shape in arrays):
-            raise ArgumentError(f"BatchApply merges {self.num_dims} dims", got=f"arguments of shapes {arrays}",
-                                fix="pass arrays with as many dims, or another num_dims")  # fmt: skip
+        arrays = [jnp.shape(x) for x in jax.tree.leaves((args, kwargs)) if jnp.ndim(x) >= self.num_dims]
+        if not arrays:
+            raise ArgumentError(f"BatchApply requires at least one input of {self.num_dims} dims or more",
+                                fix="pass an array with the dims that are to be merged, or another num_dims")  # fmt: skip
         leading = arrays[0][: self.num_dims]
-        merge = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[self.num_dims :])) if jnp.ndim(x) else x
+        merge = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[self.num_dims :])) if jnp.ndim(x) >= self.num_dims else x
         split = lambda y: jnp.reshape(y, (*leading, *jnp.shape(y)[1:])) if jnp.ndim(y) else y
         args, kwargs = jax.tree.map(merge, (args, kwargs))
         return jax.tree.map(split, self.f(*args, **kwargs))

@@ -240,6 +240,13 @@ def test_interceptors_surround_every_call_the_first_outermost():
     ]
 
 
+def test_batch_apply_merges_leading_dims_and_leaves_smaller_arguments():
+    y = nn.BatchApply(lambda x, b: x + b)(jnp.ones((2, 3, 4)), 1.0)
+    np.testing.assert_array_equal(y, 2 * jnp.ones((2, 3, 4)))
+    with pytest.raises(ValueError, match="at least one input"):
+        nn.BatchApply(jnp.sum)(1.0)
+
+
 # ---------------------------------------------------------------- wrong use
 class Unnamed(nn.Module):
     def __call__(self, x):
