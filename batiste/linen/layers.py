@@ -545,7 +545,7 @@ class BatchApply:
         arrays = [jnp.shape(x) for x in jax.tree.leaves((args, kwargs)) if jnp.ndim(x) >= self.num_dims]
         if not arrays:
             raise ArgumentError(f"BatchApply requires at least one input of {self.num_dims} dims or more",
-                                fix="pass an array with the dims that are to be merged, or another num_dims")  # fmt: skip
+                                fix="pass an array with the dims to merge, or another num_dims")  # fmt: skip
         leading = arrays[0][: self.num_dims]
         merge = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[self.num_dims :])) if jnp.ndim(x) >= self.num_dims else x
         split = lambda y: jnp.reshape(y, (*leading, *jnp.shape(y)[1:])) if jnp.ndim(y) else y
