@@ -24,7 +24,7 @@ from .filters import (
     to_predicate,
     to_predicates,
 )
-from .flatten import GraphDef, flatten_graph, is_graph_node, unflatten_graph
+from .flatten import flatten_graph, is_graph_node
 from .lost import LostUpdateWarning
 from .metadata import VariableMetadata
 from .modes import graph_mode, graph_updates_mode, set_graph_mode, set_graph_updates
@@ -60,6 +60,8 @@ from .states import (
     to_flat_state,
     to_pure_dict,
 )
+from .structure import GraphDef
+from .unflatten import unflatten_graph
 from .variable import (
     MISSING,
     BatchStat,

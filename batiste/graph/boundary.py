@@ -22,25 +22,14 @@ from jax.sharding import PartitionSpec, Sharding
 
 from .errors import ArgumentError, CapturedError
 from .filters import to_predicates
-from .flatten import (
-    ARRAY_REF,
-    LEAF,
-    UNCHANGED,
-    VARIABLE,
-    Flat,
-    Path,
-    _Build,
-    _Walk,
-    duplicate_error,
-    is_graph_node,
-    show_path,
-    walk_defs,
-)
+from .flatten import Flat, Walk, duplicate_error, is_graph_node
 from .jaxcompat import Tracer, current_trace, is_ref, key_name
 from .metadata import frozen_metadata
 from .modes import graph_mode, graph_updates_mode
 from .pytree import Pytree
 from .states import State, create_path_filters
+from .structure import ARRAY_REF, LEAF, VARIABLE, Path, show_path, walk_defs
+from .unflatten import UNCHANGED, Build
 from .variable import Variable
 from .walk import data_items
 
@@ -225,7 +214,7 @@ def positions_inside(defs: Sequence[Any]) -> set[int]:
     return found
 
 
-def walk_tree(walk: _Walk, tree: Any, specs: Sequence[Any], start: Path = ()) -> Walked:
+def walk_tree(walk: Walk, tree: Any, specs: Sequence[Any], start: Path = ()) -> Walked:
     """Goes on with `walk` over the roots and plain leaves of `tree`; `specs` says how each of them is labelled."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_root)
     defs = []
@@ -241,13 +230,13 @@ def walk_tree(walk: _Walk, tree: Any, specs: Sequence[Any], start: Path = ()) ->
     return Walked(treedef, tuple(defs))
 
 
-def aim(walk: _Walk, spec: Any, path: Path) -> None:
+def aim(walk: Walk, spec: Any, path: Path) -> None:
     """What comes next is labelled by `spec`, whose rules see paths from here on."""
     walk.rule = spec if isinstance(spec, Rule) else None
     walk.label, walk.start = spec, len(path)
 
 
-def build_all(walked: Walked, build: _Build) -> list[Any]:
+def build_all(walked: Walked, build: Build) -> list[Any]:
     """The leaves of the tree again, root objects included."""
     return [next(build.leaves) if d is PLAIN else build.value(d) for d in walked.defs]
 
@@ -323,7 +312,7 @@ class Crossing:
 
     def open(self, before: list[Any]) -> tuple[Any, Opened]:
         """The arguments as copies around these values."""
-        build = _Build(before, None, False)
+        build = Build(before, None, False)
         leaves = build_all(self.walked, build)
         return jax.tree.unflatten(self.walked.treedef, leaves), Opened(leaves, build.objects)
 
@@ -337,7 +326,7 @@ class Crossing:
             if isinstance(x, Variable) and not is_graph_node(before[n])
             and (x._raw_value is not before[n] or (self.keep is not None and self.keep(self.leaf_labels[n])))
         )  # fmt: skip
-        walk = _Walk(self.mode.graph, known=known, what=self.mode.name)
+        walk = Walk(self.mode.graph, known=known, what=self.mode.name)
         args, metadata = (
             (self.walk_again(walk, opened.leaves), ()) if self.mode.live else (None, self.new_metadata(objects))
         )
@@ -378,7 +367,7 @@ class Crossing:
             )
         return jax.tree.map(lambda y: y[...] if is_ref(y) else y, x.get_raw_value())
 
-    def walk_again(self, walk: _Walk, leaves: list[Any]) -> Walked:
+    def walk_again(self, walk: Walk, leaves: list[Any]) -> Walked:
         """The structure of the arguments after the call; plain values cannot have changed, and are passed over."""
         tree = jax.tree.unflatten(self.walked.treedef, range(len(leaves)))
         paths = [tuple(map(key_name, keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
@@ -397,7 +386,7 @@ class Crossing:
                     found.append((self.numbers.index(part.index), frozen_metadata(objects[part.index])))
         return tuple(found)
 
-    def refuse_aliases(self, walk: _Walk, known: dict[int, int]) -> None:
+    def refuse_aliases(self, walk: Walk, known: dict[int, int]) -> None:
         """Without graph updates an input may not be handed out again."""
         for key, (index, _, path) in walk.seen.items():
             x = walk.objects[index]
@@ -431,7 +420,7 @@ class Boundary:
               specs: Sequence[Any] | None = None) -> tuple[list[Any], ...]:  # fmt: skip
         """Objects -> values, one list per label. `labels` come first, in this order, also when nothing bears them."""
         specs = broadcast(prefix, args, name) if specs is None else specs
-        walk = _Walk(self.mode.graph, what=self.mode.name)
+        walk = Walk(self.mode.graph, what=self.mode.name)
         walked = walk_tree(walk, args, specs)
         self.flat = walk.finish(None)
         self.crossing = Crossing(self.f, self.mode, walked, self.flat, specs, self.out_prefix, labels, self.keep)
@@ -473,7 +462,7 @@ def write_back(note: Note, values: Sequence[Any], leaves: Sequence[Any], objects
     rest = [next(came) if s is SENT else UNCHANGED if s is KEPT else leaves[s] for s in note.sources]
     if note.plain:
         return jax.tree.unflatten(note.out.treedef, rest)
-    build = _Build(rest, objects, False)
+    build = Build(rest, objects, False)
     if note.args is not None:
         for d in note.args.defs:
             if d is not PLAIN:

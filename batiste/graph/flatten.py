@@ -1,148 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live objects <-> (structure, leaves): the one traversal that everything else rests on.
+"""Live objects -> (structure, leaves): the one traversal that everything else rests on.
 
-`flatten` walks modules, containers and Variables, numbers each object the first time it meets it, and writes a `RefDef`
-the next time: sharing and cycles need no second mode. `unflatten` is its inverse; given objects to `reuse` it rebuilds
-*into* them.
+`flatten_graph` walks modules, containers and Variables, numbers each object the first time it meets it, and writes a
+`RefDef` the next time: sharing and cycles need no second mode. `unflatten` holds the inverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
-from .epoch import structure_changed
-from .errors import AliasError, StaticError, StructureError
-from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
-from .metadata import Frozen, frozen_metadata
-from .pytree import Pytree, prepare, same_place, sorted_names
-from .represent import Layout, represent
+from .errors import AliasError, StructureError
+from .jaxcompat import Tracer, is_ref, key_name, one_level
+from .metadata import frozen_metadata
+from .pytree import Pytree, sorted_names
 from .states import State, key_order
+from .structure import (
+    ARRAY_REF,
+    ATOMS,
+    LEAF_DEF,
+    OBJECT,
+    REF,
+    SHARED,
+    STATIC,
+    TREE,
+    VARIABLE,
+    ArrayRefDef,
+    GraphDef,
+    ObjectDef,
+    Path,
+    RefDef,
+    Settings,
+    StaticDef,
+    TreeDef,
+    VariableDef,
+    show_path,
+)
 from .variable import Variable
-
-Node = TypeVar("Node")
-Path = tuple[Any, ...]
-
-# ---------------------------------------------------------------- the static half: hashable descriptions
-OBJECT, VARIABLE, ARRAY_REF, TREE, REF, LEAF, STATIC, SHARED = range(8)
-
-
-class ObjectDef(NamedTuple):
-    """A graph object: `keys` and `children` are its data, `settings` its static attributes."""
-
-    tag: int
-    type: type
-    index: int
-    keys: tuple
-    children: tuple
-    settings: Settings
-    names: tuple  # attributes in the order of assignment, with their status
-
-
-class VariableDef(NamedTuple):
-    """A Variable; `ref` is the number of the `jax.Ref` in it. If that was met before (SHARED), there is no leaf."""
-
-    tag: int
-    type: type
-    index: int
-    metadata: Frozen
-    ref: int | None = None
-
-
-class ArrayRefDef(NamedTuple):
-    """A bare `jax.Ref`, which has an identity but no metadata."""
-
-    tag: int
-    index: int
-
-
-class TreeDef(NamedTuple):
-    """Any other pytree node: a value. `form` rebuilds it: a type for the built-in ones, else a PyTreeDef."""
-
-    tag: int
-    form: Any
-    keys: tuple
-    children: tuple
-
-
-class RefDef(NamedTuple):
-    """An object that was met before."""
-
-    tag: int
-    index: int
-
-
-class LeafDef(NamedTuple):
-    tag: int
-
-
-class StaticDef(NamedTuple):
-    tag: int
-    setting: Settings
-
-
-LEAF_DEF = LeafDef(LEAF)
-
-
-class Settings:
-    """Static attributes: compared by value *and type* (1 is not True; lists equal tuples), hashed when first asked."""
-
-    __slots__ = ("names", "values", "_key", "_hash")
-
-    def __init__(self, names: tuple, values: tuple):
-        self.names, self.values = names, values
-        self._key: Any = None
-        self._hash: int | None = None
-
-    def key(self):
-        if self._key is None:
-            self._key = (self.names, tuple(map(type, self.values)), tuple(map(comparable, self.values)))
-        return self._key
-
-    def __hash__(self):
-        if self._hash is None:
-            try:
-                self._hash = hash(self.key())
-            except TypeError:
-                raise self._unhashable() from None
-        return self._hash
-
-    def _unhashable(self) -> StaticError:
-        for name, value in zip(self.names, self.values):
-            try:
-                hash(comparable(value))
-            except TypeError as error:
-                return StaticError(
-                    f"static attribute '{name}' cannot be hashed",
-                    got=f"{type(value).__name__} ({error})",
-                    expected="a value with __hash__ and __eq__",
-                    fix=f"make it hashable, or mark it as data: self.{name} = nnx.data(...)",
-                )
-        return StaticError("static attributes cannot be hashed")
-
-    def __eq__(self, other):
-        return self is other or (isinstance(other, Settings) and self.key() == other.key())
-
-
-_ATOMS = frozenset({int, float, bool, str, type(None), bytes, complex, type, type(lambda: None), type(len), type(...)})
-
-
-def comparable(value: Any) -> Any:
-    """A hashable copy of a setting: plain containers are turned into tuples, so that a change in place is seen."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind is list or kind is tuple:
-        return (kind, tuple(map(comparable, value)))
-    if kind is dict:
-        return (kind, tuple((k, comparable(v)) for k, v in value.items()))
-    if kind is set:
-        return (kind, frozenset(value))
-    return value
-
 
 # ---------------------------------------------------------------- kinds of values, by type
 (
@@ -202,99 +99,6 @@ def is_graph_node(x: Any) -> bool:
 def _has_identity(tracer: Any) -> bool:
     """Whether it stands for a `jax.Ref` or a hijax Variable, not for a value."""
     return is_ref(tracer) or isinstance(tracer, Variable)
-
-
-# ---------------------------------------------------------------- GraphDef
-class GraphDef(Generic[Node]):
-    """The static half of an object: types, names, settings, and which objects are one and the same. No arrays.
-
-    Two equal GraphDefs describe the same program, so it is what compiled functions are remembered by.
-    """
-
-    __slots__ = ("root", "num_leaves", "_hash", "_paths")
-
-    def __init__(self, root: Any, num_leaves: int, paths: list[Path] | None = None):
-        self.root, self.num_leaves, self._paths = root, num_leaves, paths
-        self._hash: int | None = None
-
-    def __hash__(self):
-        if self._hash is None:
-            self._hash = hash(self.root)
-        return self._hash
-
-    def __eq__(self, other):
-        if self is other:
-            return True
-        return isinstance(other, GraphDef) and self.num_leaves == other.num_leaves and self.root == other.root
-
-    @property
-    def paths(self) -> list[Path]:
-        """The path of each leaf, in order."""
-        if self._paths is None:
-            self._paths = [path for path, d in walk_defs(self.root) if d[0] in (LEAF, VARIABLE, ARRAY_REF)]
-        return self._paths
-
-    @property
-    def nodes(self) -> list[Any]:
-        """The descriptions of objects, containers and Variables, in the order they are met."""
-        return [d for _, d in walk_defs(self.root) if d[0] not in (LEAF, STATIC)]
-
-    @property
-    def attributes(self) -> list[tuple[Any, Any]]:
-        """The pairs (name, description) of all attributes, in the order they are met."""
-        found: list[tuple[Any, Any]] = []
-        for _, d in walk_defs(self.root):
-            if d[0] == OBJECT:
-                found += zip(d.settings.names, d.settings.values)
-            if d[0] in (OBJECT, TREE):
-                found += zip(d.keys, d.children)
-        return found
-
-    def with_no_outer_index(self) -> GraphDef[Node]:
-        return self
-
-    def with_same_outer_index(self) -> GraphDef[Node]:
-        return self
-
-    def with_matching_outer_index(self, other) -> GraphDef[Node]:
-        return self
-
-    def __batiste_repr__(self) -> Layout:
-        lines = [(show_path(path), _summary(d)) for path, d in walk_defs(self.root) if d[0] not in (LEAF, STATIC)]
-        return Layout("GraphDef", [*lines, ("num_leaves", self.num_leaves)], join=": ")
-
-    def __repr__(self) -> str:
-        return represent(self)
-
-    def __getstate__(self):
-        return self.root, self.num_leaves
-
-    def __setstate__(self, state):
-        self.root, self.num_leaves = state
-        self._hash = self._paths = None
-
-
-def _summary(d: Any) -> str:
-    """One line about a description, without what is below it."""
-    if d[0] == OBJECT:
-        settings = ", ".join(f"{k}={v!r}" for k, v in zip(d.settings.names, d.settings.values))
-        return f"{d.type.__name__} #{d.index}({settings})"
-    if d[0] == TREE:
-        return f"{d.form.__name__ if isinstance(d.form, type) else 'pytree'} of {len(d.children)}"
-    if d[0] == REF:
-        return f"met before: #{d.index}"
-    return f"{d.type.__name__ if hasattr(d, 'type') else 'Ref'} #{d.index}"
-
-
-jax.tree_util.register_static(GraphDef)
-
-
-def walk_defs(d: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
-    """The pairs (path, description) below `d`, parents first."""
-    yield path, d
-    if d[0] == OBJECT or d[0] == TREE:
-        for key, child in zip(d.keys, d.children):
-            yield from walk_defs(child, (*path, key))
 
 
 # ---------------------------------------------------------------- flatten
@@ -358,13 +162,13 @@ def flatten_graph(root: Any, *, graph: bool = True, labels: Any = None, known: M
         known: id(object) -> number of objects that have one already; new ones are numbered behind them.
         what: the function that an error message speaks of.
     """
-    walk = _Walk(graph, known, what)
+    walk = Walk(graph, known, what)
     walk.rule = labels if callable(labels) else None
     walk.label = labels
     return walk.finish(walk.value(root, ()))
 
 
-class _Walk:
+class Walk:
     """One traversal in progress."""
 
     def __init__(self, graph: bool, known: Mapping[int, int] | None = None, what: str = ""):
@@ -465,7 +269,7 @@ class _Walk:
             raise no_tree_error(x, path, self.what)
         for name in sorted_names(x):
             value = attributes[name]
-            if type(value) in _ATOMS and not (says_data and nodes.get(name) and value is not None):
+            if type(value) in ATOMS and not (says_data and nodes.get(name) and value is not None):
                 names.append(name)
                 values.append(value)
                 continue
@@ -566,10 +370,6 @@ def iter_parts(value: Any, keys: Path = ()) -> Iterable[tuple[Path, Any]]:
                 yield (*keys, *map(key_name, path)), x
 
 
-def show_path(path: Path) -> str:
-    return "/".join(map(str, path)) or "<root>"
-
-
 def _kind_name(x: Any) -> str:
     return (x.type if isinstance(x, Variable) else type(x)).__name__
 
@@ -605,127 +405,3 @@ def duplicate_error(x: Any, paths: list[Path], what: str) -> AliasError:
         text += "A tree (graph=False) does not support shared references.\n"
         fix = "remove the duplicate, or pass graph=True"
     return AliasError(text, fix=fix)
-
-
-# ---------------------------------------------------------------- unflatten
-class _Unchanged:
-    def __repr__(self):
-        return "UNCHANGED"
-
-
-UNCHANGED = _Unchanged()
-"""A leaf's new value that says: keep the one that is there."""
-jax.tree_util.register_pytree_node(_Unchanged, lambda _: ((), None), lambda *_: UNCHANGED)
-
-
-def unflatten_graph(root: Any, leaves: Iterable[Any], *, reuse: Mapping[int, Any] | None = None, copy: bool = False,
-                    recreate: bool = True):  # fmt: skip
-    """Returns `(object, objects by number)`: objects whose number is in `reuse` are rebuilt in place, others are made.
-
-    A leaf that is a Variable becomes part of the new object as it is, unless `copy` is set; a plain value gets a
-    Variable around it where one stood, unless `recreate` is False.
-    """
-    build = _Build(leaves, reuse, copy, recreate)
-    return build.value(root), build.objects
-
-
-class _Build:
-    """One reconstruction in progress."""
-
-    def __init__(self, leaves: Iterable[Any], reuse: Mapping[int, Any] | None, copy: bool, recreate: bool = True):
-        self.leaves, self.reuse, self.copy, self.recreate = iter(leaves), reuse, copy, recreate
-        self.objects: dict[int, Any] = {}
-        self.trace = current_trace()
-
-    def value(self, d: Any) -> Any:
-        tag = d[0]
-        if tag == VARIABLE:
-            return self.variable(d, next(self.leaves))
-        if tag == OBJECT:
-            return self.object(d)
-        if tag == LEAF:
-            x = next(self.leaves)
-            return x.get_raw_value() if isinstance(x, Variable) else x
-        if tag == TREE:
-            return build_tree(d, [self.value(c) for c in d.children])
-        if tag == STATIC:
-            return d.setting.values[0]
-        if tag == REF:
-            return self.met(d.index)
-        if tag == SHARED:
-            return self.variable(d, self.met(d.ref))
-        old = self.reuse.get(d.index) if self.reuse else None
-        x = next(self.leaves)
-        if isinstance(x, jax.Array) and not is_ref(x):  # a new Ref came out of a transform by its value
-            x = jax.new_ref(x)
-        self.objects[d.index] = x = old if x is UNCHANGED else x
-        return x
-
-    def met(self, index: int) -> Any:
-        return self.objects[index] if index in self.objects else self.reuse[index]  # type: ignore[index]
-
-    def variable(self, d: VariableDef, new: Any) -> Variable:
-        old = self.reuse.get(d.index) if self.reuse else None
-        if old is not None:
-            if new is not UNCHANGED:
-                old.set_raw_value(new)
-            if d.metadata is not old._frozen and d.metadata != frozen_metadata(old):
-                old._set_metadata(dict(d.metadata.items))
-            new = old
-        elif isinstance(new, Variable):
-            new = new.copy() if self.copy else new
-        elif self.recreate:
-            metadata = dict(d.metadata.items)
-            if metadata["ref"] and isinstance(new, jax.Array) and not is_ref(new):
-                new = jax.new_ref(new)
-            new = d.type._new(new, metadata, d.metadata, self.trace)._in_its_form()
-        self.objects[d.index] = new
-        if d.ref is not None:
-            self.objects[d.ref] = new._raw_value if isinstance(new, Variable) else new
-        return new
-
-    def object(self, d: ObjectDef) -> Pytree:
-        x = self.reuse.get(d.index) if self.reuse else None
-        made = x is None
-        if made:
-            x = object.__new__(d.type)
-            prepare(x, dict(d.names), self.trace)
-            object.__setattr__(x, "_planned", True)
-        self.objects[d.index] = x
-        int_keys = d.type._pytree__has_int_keys
-        attributes = dict(zip(d.settings.names, d.settings.values))
-        old = {} if made else x.__dict__
-        for key, child in zip(d.keys, d.children):
-            name = str(key) if int_keys else key
-            value = self.value(child)
-            attributes[name] = old.get(name) if value is UNCHANGED else value
-        if made:
-            x.__dict__.update(attributes)
-        else:
-            if not _same_structure(old, attributes) or x._pytree__nodes != dict(d.names):
-                object.__setattr__(x, "_pytree__nodes", dict(d.names))
-                structure_changed()
-            old.clear()
-            old.update(attributes)
-        return x
-
-
-def _same_structure(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether the same objects stand under the same names; one array may have taken another's place."""
-    return len(old) == len(new) and all(
-        name in old and (old[name] is value or same_place(old[name], value)) for name, value in new.items()
-    )
-
-
-def build_tree(d: TreeDef, children: list[Any]) -> Any:
-    """One plain pytree node around its children."""
-    form = d.form
-    if form is dict:
-        return dict(zip(d.keys, children))
-    if form is State:
-        return State(dict(zip(d.keys, children)), _copy=False)
-    if form is list or form is tuple:
-        return form(children)
-    if isinstance(form, type):
-        return form(*children)
-    return jax.tree.unflatten(form, children)

@@ -22,11 +22,13 @@ import jax
 from .boundary import aim, broadcast, is_root, walk_tree
 from .errors import ArgumentError
 from .filters import Filter
-from .flatten import ANY, UNCHANGED, Flat, GraphDef, _Build, _Walk, is_graph_node
+from .flatten import ANY, Flat, Walk, is_graph_node
 from .jaxcompat import is_ref
 from .modes import graph_mode
 from .split import cut, leaves_of
 from .states import FlatState, State
+from .structure import GraphDef
+from .unflatten import UNCHANGED, Build
 from .variable import MISSING, Variable
 
 __all__ = [
@@ -81,7 +83,7 @@ class RefMap(MutableMapping[Any, int]):
 # ---------------------------------------------------------------- one object
 def _flatten(node: Any, seen: RefMap, outer: RefMap | None, graph: bool | None) -> Flat:
     """Walks `node`: what is in `seen` was met before, what is in `outer` keeps that number; `seen` learns the rest."""
-    walk = _Walk(graph_mode(graph), known={id(x): number for x, number in (outer or {}).items()})
+    walk = Walk(graph_mode(graph), known={id(x): number for x, number in (outer or {}).items()})
     walk.seen = {id(x): (number, (ANY, 0), ()) for x, number in seen.items()}
     walk.fresh = sum(outer is None or x not in outer for x in seen)
     aim(walk, ANY, ())
@@ -120,7 +122,7 @@ def unflatten(graphdef: GraphDef, state: State | FlatState | list[Any], /, *, in
 
 def _unflatten(graphdef: GraphDef, leaves: list[Any], objects: IndexMap | None, reuse: IndexMap | None,
                copy: bool = False, recreate: bool = True) -> Any:  # fmt: skip
-    build = _Build(leaves, reuse or {}, copy, recreate)
+    build = Build(leaves, reuse or {}, copy, recreate)
     if objects is not None:
         build.objects = objects
     return build.value(graphdef.root)
@@ -407,7 +409,7 @@ def to_tree(tree: Any, /, *, prefix: Any = MISSING,
         AliasError: see `check_aliasing`.
     """
     if prefix is not MISSING and check_aliasing:
-        walk_tree(_Walk(True, what="to_tree"), tree, broadcast(prefix, tree, "prefix"))
+        walk_tree(Walk(True, what="to_tree"), tree, broadcast(prefix, tree, "prefix"))
     with split_context(ctxtag) as context:
         return _map_leaves(tree, prefix, is_root, lambda *at: split_fn(context, *at), is_root, map_non_graph_nodes)
 

@@ -19,8 +19,8 @@ import jax
 from .boundary import Boundary, Note, is_root, write_back
 from .epoch import Epoch
 from .errors import BatisteError
-from .flatten import comparable
 from .jaxcompat import current_trace
+from .structure import comparable
 from .variable import Variable
 
 _set = Variable._raw_value.__set__  # type: ignore[attr-defined]

@@ -12,11 +12,13 @@ import jax
 
 from .errors import ArgumentError, StructureError
 from .filters import Filter, to_predicates
-from .flatten import Flat, GraphDef, flatten_graph, show_path, unflatten_graph
+from .flatten import Flat, flatten_graph
 from .jaxcompat import key_name
 from .modes import graph_mode
 from .pytree import ARRAYS, Pytree
 from .states import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
+from .structure import GraphDef, show_path
+from .unflatten import unflatten_graph
 from .variable import Variable
 from .walk import iter_graph
 

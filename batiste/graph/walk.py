@@ -12,19 +12,13 @@ import jax
 from . import errors
 from .errors import AliasError, StructureError
 from .filters import Filter, to_predicate
-from .flatten import (
-    duplicate_error,
-    flatten_graph,
-    is_graph_node,
-    iter_parts,
-    no_tree_error,
-    show_path,
-    unflatten_graph,
-)
+from .flatten import duplicate_error, flatten_graph, is_graph_node, iter_parts, no_tree_error
 from .jaxcompat import key_name, one_level
 from .modes import graph_mode
 from .pytree import Pytree, sorted_names
 from .states import State, key_order
+from .structure import show_path
+from .unflatten import unflatten_graph
 from .variable import Variable
 
 A = TypeVar("A")

@@ -15,8 +15,9 @@ import jax
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, Note, is_root
 from batiste.graph.errors import AutodiffError
-from batiste.graph.flatten import ANY, show_path
+from batiste.graph.flatten import ANY
 from batiste.graph.jaxcompat import is_ref
+from batiste.graph.structure import show_path
 from batiste.graph.variable import MISSING, Param
 
 from .arguments import bound, by_position

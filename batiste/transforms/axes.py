@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, Rules, broadcast, walk_tree
 from batiste.graph.errors import ArgumentError, CallError, ShapeError
-from batiste.graph.flatten import _Walk
+from batiste.graph.flatten import Walk
 from batiste.graph.modes import graph_mode
 from batiste.graph.pytree import Pytree
 from batiste.graph.variable import MISSING, Variable
@@ -78,7 +78,7 @@ def prefix(node: Any, filter_map: Any, /, *, graph: bool | None = None) -> Any:
 # ---------------------------------------------------------------- the names of mapped axes
 def mapped_variables(tree: Any, axes: Any, name: str) -> Iterator[tuple[Variable, int]]:
     """The Variables of a tree whose label is an axis, with that axis."""
-    walk = _Walk(True)
+    walk = Walk(True)
     walk_tree(walk, tree, broadcast(axes, tree, name))
     for x, axis in zip(walk.leaves, walk.labels):
         if isinstance(x, Variable) and isinstance(axis, int):

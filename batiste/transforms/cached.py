@@ -16,7 +16,9 @@ import jax
 from batiste.graph.boundary import Mode, is_root
 from batiste.graph.epoch import Epoch
 from batiste.graph.errors import ArgumentError, StructureError
-from batiste.graph.flatten import GraphDef, flatten_graph, unflatten_graph
+from batiste.graph.flatten import flatten_graph
+from batiste.graph.structure import GraphDef
+from batiste.graph.unflatten import unflatten_graph
 
 from .compare import difference
 from .compile import JitWrapped, Stage

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from batiste.graph.boundary import PLAIN, Walked
-from batiste.graph.flatten import LEAF, OBJECT, REF, STATIC, TREE, VARIABLE, Path, show_path
 from batiste.graph.jaxcompat import key_name
+from batiste.graph.structure import LEAF, OBJECT, REF, STATIC, TREE, VARIABLE, Path, show_path
 
 
 def place(path: Path) -> str:

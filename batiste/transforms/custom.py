@@ -14,7 +14,9 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from batiste.graph.boundary import Boundary, Mode, Note, is_root, ungroup
 from batiste.graph.errors import AutodiffError, MissingRuleError, ShapeError
-from batiste.graph.flatten import ANY, GraphDef, flatten_graph, show_path, unflatten_graph
+from batiste.graph.flatten import ANY, flatten_graph
+from batiste.graph.structure import GraphDef, show_path
+from batiste.graph.unflatten import unflatten_graph
 from batiste.graph.variable import MISSING
 
 from .arguments import bound, by_position, refuse_sharing

@@ -31,9 +31,10 @@ from batiste.graph.boundary import (
     walk_tree,
 )
 from batiste.graph.errors import ArgumentError, CallError, CarryError, StructureError
-from batiste.graph.flatten import _Build, _Walk, is_graph_node
+from batiste.graph.flatten import Walk, is_graph_node
 from batiste.graph.lost import LostUpdateWarning
 from batiste.graph.rng import RngState
+from batiste.graph.unflatten import Build
 from batiste.graph.variable import MISSING, Variable
 
 from .axes import NO_METADATA, Carry, bound_to_axes, check_function, check_sizes, without_axis_names
@@ -108,7 +109,7 @@ class Turn:
 
     # ------------------------------------------------------------ what has to stay as it is
     def walk(self, tree: Any) -> tuple[Walked, list[Any]]:
-        walk = _Walk(self.crossing.mode.graph, what=self.crossing.mode.name)
+        walk = Walk(self.crossing.mode.graph, what=self.crossing.mode.name)
         walked = walk_tree(walk, tree, [None] * len(jax.tree.leaves(tree, is_leaf=is_root)), ("carry",))
         return walked, walk.leaves
 
@@ -220,7 +221,7 @@ class Loop:
         entry = self.boundary.flat.leaves
         leaves = [x if isinstance(x, Variable) else final.get(n, x) for n, x in enumerate(entry)]
         walked = self.boundary.crossing.walked
-        return jax.tree.unflatten(walked.treedef, build_all(walked, _Build(leaves, None, False)))[self.at]
+        return jax.tree.unflatten(walked.treedef, build_all(walked, Build(leaves, None, False)))[self.at]
 
 
 # ---------------------------------------------------------------- scan

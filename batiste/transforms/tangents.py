@@ -16,10 +16,12 @@ import numpy as np
 
 from batiste.graph.boundary import PLAIN, SENT, Mode, Note, Rules, Walked, is_root
 from batiste.graph.errors import AutodiffError
-from batiste.graph.flatten import ARRAY_REF, LEAF, VARIABLE, Path, _Build, _Walk, show_path, walk_defs
+from batiste.graph.flatten import Walk
 from batiste.graph.pytree import Pytree
 from batiste.graph.split import flat_pairs
 from batiste.graph.states import State, from_flat_state
+from batiste.graph.structure import ARRAY_REF, LEAF, VARIABLE, Path, show_path, walk_defs
+from batiste.graph.unflatten import Build
 from batiste.graph.variable import Variable
 
 
@@ -71,7 +73,7 @@ def specs_of(args: Sequence[Any], chosen: dict[int, Any]) -> list[Any]:
 
 
 # ---------------------------------------------------------------- structure <-> flat values
-class _Shown(_Build):
+class _Shown(Build):
     """Builds objects around gradients; a Variable without one is None."""
 
     def variable(self, d: Any, new: Any) -> Any:
@@ -139,7 +141,7 @@ class Likeness(NamedTuple):
                 got=str(jax.tree.structure(tree, is_leaf=is_root)),
                 expected=f"the same tree structure as {self.walked.treedef} ({error})",
             ) from None
-        walk = _Walk(self.mode.graph, what=self.mode.name)
+        walk = Walk(self.mode.graph, what=self.mode.name)
         values: list[Any] = []
         for d, part in zip(self.walked.defs, parts):
             found = _values(walk, d, part, what)
@@ -160,7 +162,7 @@ class Likeness(NamedTuple):
         return values
 
 
-def _values(walk: _Walk, d: Any, x: Any, what: str) -> dict[Path, Any]:
+def _values(walk: Walk, d: Any, x: Any, what: str) -> dict[Path, Any]:
     """What `x` holds for one entry, by path."""
     if x is None:
         return {}

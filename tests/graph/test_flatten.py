@@ -11,7 +11,8 @@ import pytest
 
 from batiste import nnx
 from batiste.graph.errors import StaticError
-from batiste.graph.flatten import flatten_graph, unflatten_graph
+from batiste.graph.flatten import flatten_graph
+from batiste.graph.unflatten import unflatten_graph
 from tests.graph.zoo import NAMES, TREES, zoo
 
 
