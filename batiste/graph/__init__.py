@@ -3,7 +3,8 @@
 
 Variable, kind     a mutable value with metadata, and what it is for              variable
 Module             an object whose attributes are parts or settings               pytree, module
-GraphDef, State    the static half of an object, and `path -> value`              flatten, state
+GraphDef, State    the static half of an object, and `path -> value`              structure, states
+flatten, unflatten objects to (structure, leaves), and back                       flatten, unflatten
 filter             a predicate (path, value), with a short spelling               filters
 Boundary, Plan     the passage through one transform, and its memory              boundary, plan
 Rngs               named random streams                                           rng
