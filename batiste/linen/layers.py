@@ -417,6 +417,9 @@ class MultiHeadDotProductAttention(Lazy, of=_Attention):
         dropout_rng: the key of dropout, in place of one from the stream `dropout`.
         sow_weights: record the weights in `intermediates` as `attention_weights`.
         """
+        for name in ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(f"{name} is not supported", fix="pass an attention_fn that uses it")
         if inputs_kv is not None:
             if inputs_k is not None or inputs_v is not None:
                 raise ArgumentError("If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None",
