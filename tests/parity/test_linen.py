@@ -16,7 +16,7 @@ import pytest
 
 import batiste.linen
 from tests.parity.case import Case
-from tests.parity.cases_linen import CASES
+from tests.parity.linen_cases import CASES
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 pytestmark = pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
