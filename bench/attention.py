@@ -59,7 +59,8 @@ def main() -> None:
             for name, nn in (("batiste", batiste.nn), ("flax", flax.nnx))
         }
         slices = Slices({name: partial(program, *x) for name, program in programs.items()}, args.seconds)
-        memory = [f"{p.memory_analysis().temp_size_in_bytes / 2**20:.0f}" for p in programs.values()]
+        found = [p.memory_analysis() for p in programs.values()]
+        memory = [f"{m.temp_size_in_bytes / 2**20:.0f}" if m else "?" for m in found]
         times = [f"{slices.median(name) * 1e3:.1f}" for name in programs]
         rows.append([f"{shape}", kind, *times, f"{slices.ratio('batiste', 'flax'):.2f}", *memory])
     print(machine())

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import batiste
 from measure import machine, print_table
 
 BASE = "jax"
@@ -64,7 +65,7 @@ def main() -> None:
 
     names = [name for name in PROGRAMS if find_spec(top(name))]
     # An installed package comes with byte code, a working copy may have none: then the compiler would be timed.
-    compileall.compile_dir(next(iter(find_spec("batiste").submodule_search_locations)), quiet=1)
+    compileall.compile_dir(batiste.__path__[0], quiet=1)
     for name in names:  # the first reads the files from disk
         probe(name)
     rounds = [{name: probe(name) for name in names} for _ in range(args.rounds)]

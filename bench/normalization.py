@@ -60,7 +60,7 @@ def main() -> None:
             lowered = jax.jit(partial(step, norm)).lower(weights, x)
             start = time.process_time()
             program = lowered.compile()
-            figures[name] = [program.as_text().count(" multiply("), time.process_time() - start]
+            figures[name] = [(program.as_text() or "").count(" multiply("), time.process_time() - start]
             calls[name] = partial(program, weights, x)
         slices = Slices(calls, args.seconds)
         for name, (count, seconds) in figures.items():

@@ -39,12 +39,14 @@ def main() -> int:
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
             model = nnx.merge(graphdef, params, now.rest, copy=True)  # a copy: it changes inside the gradient
             loss, logits = loss_fn(model, images, labels)
-            return loss, (logits, nnx.state(model, nnx.Not(nnx.Param)))
+            rest: nnx.State = nnx.state(model, nnx.Not(nnx.Param))  # type: ignore[assignment]
+            return loss, (logits, rest)
 
         (loss, (logits, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(now.params)
         updates, opt_state = optimizer.update(grads, now.opt_state, now.params)
         figures = jnp.stack([loss, (logits.argmax(-1) == labels).mean()])
-        return Training(optax.apply_updates(now.params, updates), rest, opt_state), figures
+        params: nnx.State = optax.apply_updates(now.params, updates)  # type: ignore[assignment]
+        return Training(params, rest, opt_state), figures
 
     @jax.jit
     def predict(now: Training, images: jax.Array) -> jax.Array:
