@@ -51,6 +51,7 @@ NAMES_FLOOR = 5
 VAGUE = {"util", "utils", "misc", "general", "common", "helpers"}
 VAGUE_BUT_FLAXS = {"nnx/helpers.py", "nnx/transforms/general.py", "training/common_utils.py"}
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+# The words by which a test gives up; the house rules refuse them in every test file.
 GIVEN_UP = re.compile(r"pytest\.(skip|xfail|importorskip)|mark\.(skip|skipif|xfail)\b|unittest\.skip")
 LOCAL_PLACE = re.compile(r"(?<![\w.$}])/(work|tmp|home|root)/\w")
 

@@ -27,19 +27,25 @@ class Metric(Pytree):
     """Base class: a metric overrides `__init__`, `reset`, `update` and `compute`."""
 
     def __init__(self):
-        raise NotImplementedError("Must override `__init__()` method.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no __init__() of its own: Metric leaves it to the subclass."
+        )
 
     def reset(self) -> None:
         """Forgets all batches, in place."""
-        raise NotImplementedError("Must override `reset()` method.")
+        raise NotImplementedError(f"{type(self).__name__} has no reset() of its own: Metric leaves it to the subclass.")
 
     def update(self, **kwargs) -> None:
         """Takes a batch into account, in place."""
-        raise NotImplementedError("Must override `update()` method.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no update() of its own: Metric leaves it to the subclass."
+        )
 
     def compute(self) -> Any:
         """The figure over all batches since the last reset."""
-        raise NotImplementedError("Must override `compute()` method.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no compute() of its own: Metric leaves it to the subclass."
+        )
 
     def split(self, *filters):
         """Cuts the metric into `(graphdef, *states)`."""
