@@ -86,7 +86,9 @@ def test_fashion_mnist_is_read_from_idx_files(digits_data: ModuleType, tmp_path:
     assert 0 <= data.train_x.min() < data.train_x.max() <= 1
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc"), gzip.compress(b"")])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc", mtime=0), gzip.compress(b"", mtime=0)]
+)
 def test_a_damaged_file_is_an_error_with_a_fix(
     content: bytes, digits_data: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
