@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from .graph import Variable, VariableMetadata, recursive_map, split
-from .graph.errors import ArgumentError
-from .graph.placement import (
+from batiste.graph import Variable, VariableMetadata, recursive_map, split
+from batiste.graph.errors import ArgumentError
+from batiste.graph.placement import (
     Rules,
     current_mesh,
     get_logical_axis_rules,
