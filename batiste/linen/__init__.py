@@ -2,8 +2,22 @@
 """The functional face: modules that hold settings, and variables that are passed in and out of their methods."""
 
 from batiste.core.frozen_dict import FrozenDict
-from batiste.nn import initializers
-from batiste.nn.activations import (
+from batiste.nn.initializers import ones, ones_init, zeros, zeros_init
+
+from . import (
+    activation,
+    attention,
+    batch_apply,
+    combinators,
+    dtypes,
+    initializers,
+    linear,
+    normalization,
+    pooling,
+    stochastic,
+)
+from .activation import (
+    PReLU,
     celu,
     elu,
     gelu,
@@ -16,6 +30,7 @@ from batiste.nn.activations import (
     log_sigmoid,
     log_softmax,
     logsumexp,
+    normalize,
     one_hot,
     relu,
     relu6,
@@ -29,38 +44,24 @@ from batiste.nn.activations import (
     swish,
     tanh,
 )
-from batiste.nn.attend import (
+from .attention import (
+    MultiHeadAttention,
+    MultiHeadDotProductAttention,
+    SelfAttention,
     combine_masks,
     dot_product_attention,
     dot_product_attention_weights,
     make_attention_mask,
     make_causal_mask,
 )
-from batiste.nn.initializers import ones, ones_init, zeros, zeros_init
-from batiste.nn.pooling import avg_pool, max_pool, min_pool, pool
-
+from .batch_apply import BatchApply
 from .boxes import unbox
 from .calls import apply, init, init_with_output, merge_param
+from .combinators import Sequential
 from .context import disable_named_call, enable_named_call, intercept_methods, override_named_call
-from .layers import (
-    BatchApply,
-    BatchNorm,
-    Conv,
-    ConvTranspose,
-    Dense,
-    DenseGeneral,
-    Dropout,
-    Einsum,
-    Embed,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    MultiHeadAttention,
-    MultiHeadDotProductAttention,
-    PReLU,
-    RMSNorm,
-    SelfAttention,
-    Sequential,
-)
+from .linear import Conv, ConvTranspose, Dense, DenseGeneral, Einsum, Embed
 from .module import Module, compact, compact_name_scope, nowrap, share_scope
+from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .pooling import avg_pool, max_pool, min_pool, pool
 from .scope import DenyList, Variable
+from .stochastic import Dropout

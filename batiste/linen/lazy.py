@@ -126,6 +126,12 @@ def instantiate(described: Any, scope: Scope, shapes: Mapping[str, tuple[int, ..
     return layer
 
 
+def replaced(given: Any, cls: Any, default: Any) -> Any:
+    """The function that multiplies: made by `cls`, or given, or the layer's own."""
+    made = cls() if cls is not None else given
+    return default if made is None else made
+
+
 class Lazy(Module):
     """An object layer whose sizes its first input tells. Fields with the names of its arguments are passed on to it."""
 

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear maps and convolutions of the functional face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from batiste import nn
+from batiste.graph.errors import ArgumentError
+from batiste.nn.conv import canonicalize_padding
+from batiste.nn.initializers import Initializer
+from batiste.nn.linear import as_tuple, default_bias_init, default_embed_init, default_kernel_init
+from batiste.precision import promote_dtype
+
+from .calls import merge_param
+from .conv import Conv, ConvTranspose
+from .lazy import Lazy, replaced
+from .module import compact
+
+__all__ = [
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "DenseGeneral",
+    "Einsum",
+    "Embed",
+    "canonicalize_padding",
+    "default_embed_init",
+    "default_kernel_init",
+]
+
+Axes = int | Sequence[int]
+
+
+class Dense(Lazy, of=nn.Linear):
+    """y[..., features] = x[..., in] @ kernel[in, features] + bias[features]; see `batiste.nn.Linear`
+
+    Args:
+        dot_general, dot_general_cls: in place of `jax.lax.dot_general`: a function, or a module class.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+    promote_dtype: Callable[..., Any] = promote_dtype
+    dot_general: Callable[..., Array] | None = None
+    dot_general_cls: Any = None
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        product = replaced(self.dot_general, self.dot_general_cls, lax.dot_general)
+        return self.run(
+            self.settings(in_features=inputs.shape[-1], out_features=self.features, dot_general=product), inputs
+        )
+
+
+class DenseGeneral(Lazy, of=nn.LinearGeneral):
+    """y[*batch, ..., *features] = Σ x[*batch, ..., *in] kernel[*batch, *in, *features] + bias
+
+    See `batiste.nn.LinearGeneral`.
+
+    Args:
+        axis: the dims of `x` that are summed over.
+        batch_dims: leading dims for each entry of which there is a kernel of its own.
+    """
+
+    features: Axes
+    axis: Axes = -1
+    batch_dims: Sequence[int] = ()
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+    precision: Any = None
+    promote_dtype: Callable[..., Any] = promote_dtype
+    dot_general: Callable[..., Array] | None = None
+    dot_general_cls: Any = None
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        axes = tuple(axis % inputs.ndim for axis in as_tuple(self.axis))
+        batch = tuple(sorted(axis % inputs.ndim for axis in as_tuple(self.batch_dims)))
+        if batch != tuple(range(len(batch))):
+            raise ArgumentError(f"batch_dims {batch} must be consecutive leading dimensions starting from 0",
+                                fix="transpose the input")  # fmt: skip
+        settings = self.settings(
+            in_features=tuple(inputs.shape[axis] for axis in axes),
+            out_features=as_tuple(self.features),
+            axis=axes,
+            batch_axis=nn.linear.AxisSizes({axis: inputs.shape[axis] for axis in batch}),
+            dot_general=replaced(self.dot_general, self.dot_general_cls, None),
+            dot_general_cls=None,
+        )
+        return self.run(settings, inputs)
+
+
+class Einsum(Lazy, of=nn.Einsum):
+    """y = einsum(einsum_str, x, kernel[*shape]) + bias; see `batiste.nn.Einsum`"""
+
+    shape: Sequence[int]
+    einsum_str: str | None = None
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+    promote_dtype: Callable[..., Any] = promote_dtype
+    preferred_element_type: DTypeLike | None = None
+
+    @compact
+    def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
+        equation = merge_param("einsum_str", self.einsum_str, einsum_str).replace(" ", "")
+        bias_shape = None
+        if self.use_bias and "->" in equation and equation.count(",") == 1:
+            operands, result = equation.split("->")
+            sizes = dict(zip(operands.split(",")[1].replace("...", ""), self.shape))
+            bias_shape = tuple(sizes[label] for label in result if label in sizes)
+        settings = self.settings(einsum_str=equation, kernel_shape=tuple(self.shape), bias_shape=bias_shape)
+        return self.run(settings, inputs)
+
+
+class Embed(Lazy, of=nn.Embed):
+    """y[..., features] = embedding[x[...], features]; see `batiste.nn.Embed`"""
+
+    num_embeddings: int
+    features: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    embedding_init: Initializer = default_embed_init
+    promote_dtype: Callable[..., Any] = promote_dtype
+
+    def __call__(self, inputs: Array) -> Array:
+        return self.run(self.settings(), inputs)
+
+    def attend(self, query: Array) -> Array:
+        """logits[..., n] = query[..., features] @ embedding[n, features].T"""
+        return self.run(self.settings(), query, method="attend")
+
+    @property
+    def embedding(self) -> Array:
+        """The table, [num_embeddings, features]."""
+        return self.get_variable("params", "embedding")

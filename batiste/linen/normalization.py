@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisation of activations and of weights, in the functional face."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from batiste import nn
+from batiste.nn import initializers
+from batiste.nn.initializers import Initializer
+from batiste.nn.linear import as_tuple
+
+from .calls import merge_param
+from .lazy import Lazy
+from .module import compact, nowrap
+
+Axes = int | Sequence[int]
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+
+
+class _Norm(Lazy):
+    """What the normalising layers share: the shape of their variables in the scope."""
+
+    @nowrap
+    def normalize(
+        self, x: Array, axes: Axes, *args: Any, settings: Mapping[str, Any] = NO_SETTINGS, **kwargs: Any
+    ) -> Array:
+        """Runs the layer; its variables have the sizes of `x` on `axes`, each as a dim of its own."""
+        shape = tuple(x.shape[axis] for axis in sorted(axis % x.ndim for axis in as_tuple(axes)))
+        size = math.prod(shape)
+        names = ("scale", "bias", "mean", "var")
+        shapes: dict[str, tuple[int, ...]] = {name: shape for name in names if len(shape) > 1}
+        return self.run(self.settings(num_features=size, **settings), x, *args, shapes=shapes, **kwargs)
+
+
+class BatchNorm(_Norm, of=nn.BatchNorm):
+    """y[..., c] = (x[..., c] - mean[c]) / √(var[c] + ε) * scale[c] + bias[c]; see `batiste.nn.BatchNorm`
+
+    Args:
+        use_running_average: use the stored moments (evaluation); given here or in the call. While a model is
+            initialised the batch's are used and none is stored.
+    """
+
+    use_running_average: bool | None = None
+    axis: Axes = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @compact
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+        stored = merge_param("use_running_average", self.use_running_average, use_running_average)
+        mapped = None if self.is_initializing() else self.axis_name  # nothing need be mapped to make the variables
+        settings = {"use_running_average": stored, "axis_name": mapped}
+        return self.normalize(x, self.axis, mask=mask, settings=settings)
+
+
+class LayerNorm(_Norm, of=nn.LayerNorm):
+    """y = (x - mean) / √(var + ε) * scale + bias, moments over the features of each entry
+
+    See `batiste.nn.LayerNorm`.
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    reduction_axes: Axes = -1
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @compact
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        return self.normalize(x, self.feature_axes, mask=mask)
+
+
+class RMSNorm(_Norm, of=nn.RMSNorm):
+    """y = x / √(E[x²] + ε) * scale, the mean square over the features of each entry; see `batiste.nn.RMSNorm`"""
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = initializers.ones
+    reduction_axes: Axes = -1
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @compact
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        return self.normalize(x, self.feature_axes, mask=mask)
+
+
+class GroupNorm(_Norm, of=nn.GroupNorm):
+    """y = (x - mean) / √(var + ε) * scale + bias, moments over a group of features and space
+
+    See `batiste.nn.GroupNorm`.
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    reduction_axes: Axes | None = None
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @compact
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        return self.normalize(x, -1, mask=mask)
+
+
+class InstanceNorm(_Norm, of=nn.InstanceNorm):
+    """y = (x - mean) / √(var + ε) * scale + bias, moments of each feature over space; see `batiste.nn.InstanceNorm`"""
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @compact
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        return self.normalize(x, self.feature_axes, mask=mask)
