@@ -13,11 +13,9 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 
 from batiste.graph import (
     Dict,
@@ -26,7 +24,6 @@ from batiste.graph import (
     Object,
     Pytree,
     RngStream,
-    State,
     Variable,
     as_pure,
     iter_graph,
@@ -34,19 +31,16 @@ from batiste.graph import (
     split,
 )
 from batiste.graph.errors import ArgumentError
-from batiste.graph.optional import need
-from batiste.graph.represent import Size, sizes_by_kind
+from batiste.graph.represent import sizes_by_kind
 
 from .cost import flops, marked, region
-from .show import in_ipython
+from .table import NO_OPTIONS, Line, Style, draw, escape, outline
 
 __all__ = ["CallInfo", "filter_rng_streams", "tabulate"]
 
 Path = tuple[Any, ...]
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 BASES = (Pytree, Object, Module, List, Dict)  # their methods are those of all models, and are not reported
 COLUMNS = ("path", "type", "inputs", "outputs")
-EXTRA = "display"
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,7 @@ def tabulate(
         for path, call in calls
         if path in parts and (depth is None or len(path) <= depth) and row_filter(call)
     ]
-    return _render(obj, columns, rows, table_kwargs, column_kwargs, console_kwargs)
+    return _render(obj, columns, rows, Style(table_kwargs, column_kwargs, console_kwargs))
 
 
 def _listed(parts: Mapping[Path, Any]) -> Iterator[tuple[Path, CallInfo]]:
@@ -158,7 +152,7 @@ def _calls(
             call.tags.append(f"call_{next(count)}")
             output = marked(call.tags[-1], lambda: function(part, *args, **kwargs), is_leaf=_is_object)
             if new:
-                call.outputs = "" if output is None else _outline(output)
+                call.outputs = "" if output is None else outline(output)
             return output
 
         with _watching({type(x) for _, x in parts.values()}, report):
@@ -236,48 +230,8 @@ def _unbound(function: Any) -> Callable:
 
 def _inputs_text(args: tuple, kwargs: dict[str, Any]) -> str:
     if len(args) == 1 and not kwargs:
-        return _outline(args[0])
-    return "\n".join(_outline(x) for x in (list(args), kwargs) if x)
-
-
-def _outline(x: Any) -> str:
-    """A value as an outline: arrays as `dtype[shape]`, one line each, nested containers indented."""
-    if isinstance(x, Variable):
-        return _variable_text(x)
-    if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        return f"[dim]{x.dtype}[/dim][{','.join(map(str, x.shape))}]"
-    if isinstance(x, State):
-        x = dict(x)
-    if isinstance(x, dict) and x:
-        return "\n".join(_entry(key, value) for key, value in x.items())
-    if isinstance(x, (list, tuple)) and x:
-        return "\n".join("- " + _outline(value).replace("\n", "\n  ") for value in x)
-    if isinstance(x, Pytree) or inspect.isroutine(x) or isinstance(x, type):
-        return str(getattr(x, "__name__", type(x).__name__))
-    return _escape(str(x))
-
-
-def _entry(key: Any, value: Any) -> str:
-    name, text = _escape(str(key)), _outline(value)
-    if isinstance(value, (list, tuple)) and value:
-        return f"{name}:\n{text}"
-    if "\n" in text or (isinstance(value, (dict, State)) and value):
-        return f"{name}:\n  " + text.replace("\n", "\n  ")
-    return f"{name}: {text}"
-
-
-def _variable_text(variable: Variable) -> str:
-    (_, value), *metadata = variable.__batiste_repr__().items
-    return _outline(dict(sorted([*metadata, ("value", value)]))) if metadata else _outline(value)
-
-
-def _escape(text: str) -> str:
-    return need("rich.markup", extra=EXTRA).escape(text)
-
-
-def _size_text(size: Size) -> str:
-    elements, rest = str(size).split(" ", 1)
-    return f"{elements} [dim]{rest}[/dim]"
+        return outline(args[0])
+    return "\n".join(outline(x) for x in (list(args), kwargs) if x)
 
 
 # ---------------------------------------------------------------- the table
@@ -300,43 +254,11 @@ def _own_variables(part: Any) -> dict[str, dict[str, Variable]]:
     return own
 
 
-def _render(
-    obj: Any,
-    columns: list[str],
-    rows: list[tuple[CallInfo, Any]],
-    table_kwargs: Mapping[str, Any],
-    column_kwargs: Mapping[str, Any],
-    console_kwargs: Mapping[str, Any],
-) -> str:
-    totals = dict(sorted(sizes_by_kind(obj).items()))
-    table = need("rich.table", extra=EXTRA).Table(
-        **{
-            "title": f"{type(obj).__name__} Summary",
-            "show_header": True,
-            "show_lines": True,
-            "show_footer": True,
-            **table_kwargs,
-        }
-    )
-    text = need("rich.text", extra=EXTRA).Text
-    for column in columns[:-1]:
-        table.add_column(column, **column_kwargs)
-    table.add_column(columns[-1], **{"footer": text("Total", justify="right"), **column_kwargs})
-    for kind, size in totals.items():
-        table.add_column(kind, **{"footer": f"[bold]{_size_text(size)}[/bold]", **column_kwargs})
+def _render(obj: Any, columns: list[str], rows: list[tuple[CallInfo, Any]], style: Style) -> str:
+    lines = []
     for call, part in rows:
-        sizes, own = sizes_by_kind(part), _own_variables(part)
-        cells = [_escape("/".join(map(str, call.path))), call.type.__name__, call.inputs_repr, call.outputs]
+        cells = [escape("/".join(map(str, call.path))), call.type.__name__, call.inputs_repr, call.outputs]
         cells += [str(getattr(call, column)) for column in columns[len(COLUMNS) :]]
-        for kind in totals:
-            listed = _outline(own[kind]) + "\n\n" if kind in own else ""
-            cells.append(listed + (f"[bold]{_size_text(sizes[kind])}[/bold]" if kind in sizes else ""))
-        table.add_row(*cells)
-    table.caption_style = "bold"
-    table.caption = f"\nTotal Parameters: {_size_text(sum(totals.values(), Size()))}"
-    console = need("rich.console", extra=EXTRA).Console(
-        **{"force_terminal": True, "force_jupyter": in_ipython(), **console_kwargs}
-    )
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
+        lines.append(Line(cells, _own_variables(part), sizes_by_kind(part)))
+    totals = dict(sorted(sizes_by_kind(obj).items()))
+    return draw(f"{type(obj).__name__} Summary", columns, lines, totals, style)

@@ -65,3 +65,4 @@ from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNor
 from .pooling import avg_pool, max_pool, min_pool, pool
 from .scope import DenyList, Variable
 from .stochastic import Dropout
+from .summary import tabulate

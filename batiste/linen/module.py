@@ -39,6 +39,7 @@ from .abstract import without_values
 from .calls import ALL_BUT_INTERMEDIATES, apply, init, init_with_output, streams_of
 from .context import InterceptorContext, in_module, intercept_methods, intercepted, running
 from .scope import Scope, Variable, root_scope
+from .summary import NO_OPTIONS, tabulate
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -509,6 +510,15 @@ class Module:
             jax.eval_shape(lambda: self.init(rngs, *args, mutable=mutable, **kwargs))
         with in_module(None):
             return {path: module.clone(_reset_names=True) for path, module in found.items()}
+
+    def tabulate(self, rngs: Any, *args: Any, depth: int | None = None, show_repeated: bool = False,
+                 mutable: Any = ALL_BUT_INTERMEDIATES, console_kwargs: Mapping[str, Any] | None = None,
+                 table_kwargs: Mapping[str, Any] = NO_OPTIONS, column_kwargs: Mapping[str, Any] = NO_OPTIONS,
+                 compute_flops: bool = False, compute_vjp_flops: bool = False, **kwargs: Any) -> str:  # fmt: skip
+        """A table of the calls that `init` makes and of the variables, as text. Arguments as in `nn.tabulate`."""
+        table = tabulate(self, rngs, depth, show_repeated, mutable, console_kwargs, table_kwargs, column_kwargs,
+                         compute_flops, compute_vjp_flops, **kwargs)  # fmt: skip
+        return table(*args)
 
     def lazy_init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
                   **kwargs: Any) -> dict[str, Any]:  # fmt: skip
