@@ -17,6 +17,10 @@ V = TypeVar("V", bound=Variable)
 
 _describing = contextvars.ContextVar("describing", default=False)
 
+nursery: contextvars.ContextVar[Any] = contextvars.ContextVar("nursery", default=None)
+"""What makes values somewhere else than on the default device, such as on a mesh (`sharding.use`): `born(init, key,
+shape, dtype)` makes one, and `raising(object)` is entered around the constructor of every object."""
+
 
 class Recipe:
     """A value that is not made yet: its shape and dtype are known, its numbers are not.
@@ -64,4 +68,6 @@ def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype:
     if _describing.get():
         return kind(Recipe(init, shape, dtype, stream is not None), **metadata)
     key = None if stream is None else stream()
-    return kind(init(key, shape, dtype), **metadata)
+    place = nursery.get()
+    value = init(key, shape, dtype) if place is None else place.born(init, key, shape, dtype)
+    return kind(value, **metadata)

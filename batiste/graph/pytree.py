@@ -8,6 +8,7 @@ pytree too, unless it is declared with `pytree=False`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import typing
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 import numpy as np
 
+from .birth import nursery
 from .epoch import structure_changed
 from .errors import StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
@@ -29,6 +31,7 @@ A = TypeVar("A")
 M = TypeVar("M", bound="Pytree")
 
 ARRAYS = (jax.Array, np.ndarray)
+NOWHERE = contextlib.nullcontext()
 _data_types: set[type] = set()
 
 
@@ -126,9 +129,11 @@ class PytreeMeta(ABCMeta):
     def __call__(cls: Any, *args, **kwargs):
         self = cls.__new__(cls, *args, **kwargs)
         prepare(self, {})
-        cls._pytree_meta_construct(self, *args, **kwargs)
-        if cls._pytree__is_pytree:
-            check_pytree(self)
+        place = nursery.get()
+        with NOWHERE if place is None else place.raising(self):
+            cls._pytree_meta_construct(self, *args, **kwargs)
+            if cls._pytree__is_pytree:
+                check_pytree(self)
         return self
 
     def _pytree_meta_construct(cls, self, *args, **kwargs):
