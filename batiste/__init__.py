@@ -16,11 +16,16 @@ from typing import Any
 
 from batiste.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "install_as_flax"]
 
 
 def _parts() -> frozenset[str]:
     return frozenset(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def install_as_flax() -> None:
+    """From here on, `import flax` gives batiste; see `batiste.as_flax`."""
+    importlib.import_module("batiste.as_flax").install_as_flax()
 
 
 def __getattr__(name: str) -> Any:

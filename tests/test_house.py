@@ -156,6 +156,7 @@ def test_no_import_inside_a_function_but_through_need() -> None:
 
 IMPORTED_WHEN_USED = {
     "batiste": "its parts",
+    "batiste.as_flax": "its parts, under other names",
     "batiste.nnx": "its names",
     "batiste.nnx.variablelib": "hijax Variables",
     "batiste.graph.variable": "hijax Variables, which rest on experimental parts of JAX",
