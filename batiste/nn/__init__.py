@@ -40,4 +40,5 @@ from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from .pooling import avg_pool, max_pool, min_pool, pool
 from .recurrent import RNN, Bidirectional
 from .reparam import SpectralNorm, WeightNorm
+from .stack import Stack
 from .stochastic import Dropout

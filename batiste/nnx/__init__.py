@@ -49,7 +49,7 @@ _HOMES = {
     "batiste.nn": """
         BatchNorm Bidirectional Conv ConvTranspose Dropout Einsum Embed GRUCell GroupNorm InstanceNorm LSTMCell
         LayerNorm Linear LinearGeneral LoRA LoRALinear LoRAParam MultiHeadAttention OptimizedLSTMCell PReLU RMSNorm
-        RNN RNNCellBase SimpleCell SpectralNorm WeightNorm avg_pool celu combine_masks dot_product_attention elu
+        RNN RNNCellBase SimpleCell SpectralNorm Stack WeightNorm avg_pool celu combine_masks dot_product_attention elu
         gelu glu hard_sigmoid hard_silu hard_swish hard_tanh identity initializers leaky_relu log_sigmoid
         log_softmax logsumexp make_attention_mask make_causal_mask max_pool min_pool one_hot pool relu relu6 selu
         sigmoid silu soft_sign softmax softplus standardize swish tanh""",
@@ -65,7 +65,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 # Modules that are attributes under the names that Flax gives them.
 _MODULES = {
-    "compat": "batiste.nnx.compat", "extract": "batiste.nnx.extract",
+    "bridge": "batiste.nnx.bridge", "compat": "batiste.nnx.compat", "extract": "batiste.nnx.extract",
     "filterlib": "batiste.nnx.filterlib", "graph": "batiste.nnx.graphlib", "graphlib": "batiste.nnx.graphlib",
     "helpers": "batiste.nnx.helpers", "metrics": "batiste.training.metrics", "module": "batiste.nnx.module",
     "nn": "batiste.nnx.nn", "object": "batiste.nnx.pytreelib", "optimizer": "batiste.training.optimizer",

@@ -129,6 +129,7 @@ from batiste.nn import RMSNorm as RMSNorm
 from batiste.nn import RNNCellBase as RNNCellBase
 from batiste.nn import SimpleCell as SimpleCell
 from batiste.nn import SpectralNorm as SpectralNorm
+from batiste.nn import Stack as Stack
 from batiste.nn import WeightNorm as WeightNorm
 from batiste.nn import avg_pool as avg_pool
 from batiste.nn import celu as celu

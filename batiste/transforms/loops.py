@@ -254,11 +254,19 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
                                  in_axes=in_axes, out_axes=out_axes, transform_metadata=transform_metadata, graph=graph,
                                  graph_updates=graph_updates)  # fmt: skip
     mode = Mode.of("scan", graph, graph_updates)
+    options: dict[str, Any] = dict(length=length, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose)
+    metadata = transform_metadata if mode.live else NO_METADATA
+    return looped(f, mode, in_axes, out_axes, metadata, functools.partial(jax.lax.scan, **options))
+
+
+def looped(f: Callable, mode: Mode, in_axes: Any, out_axes: Any, metadata: Mapping[str, Any], drive: Callable) -> Any:
+    """`f` called again and again by `drive(body, start, lanes)`, which does what `jax.lax.scan` does.
+
+    See `scan` for the axes.
+    """
     check_function(f, mode, in_axes, out_axes)
     at = _check_axes(in_axes, out_axes, mode)
     take, put, rest_axes = _carry_of(out_axes)
-    metadata = transform_metadata if mode.live else NO_METADATA
-    options: dict[str, Any] = dict(length=length, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose)
     bodies: dict[Any, Callable] = {}
 
     @functools.wraps(f, updated=())
@@ -275,11 +283,11 @@ def scan(f: Any = MISSING, *, length: int | None = None, reverse: bool = False, 
         call = without_axis_names(f, in_axes, out_axes, metadata)
         loop = Loop(call, mode, args, in_axes, rest_axes, at, take)
         turn = loop.turn
-        check_sizes("scan", turn.crossing, loop.leaves)
+        check_sizes(mode.name, turn.crossing, loop.leaves)
         body = _body(turn) if turn.held else bodies.setdefault(turn.crossing.key(), _body(turn))
         lanes = [_move(loop.values(lane), axis, 0) for axis, lane in zip(turn.axes, turn.lanes)]
         start = loop.values(turn.carried), loop.values(turn.fixed)
-        (carry, _), (lanes, note) = jax.lax.scan(body, start, lanes, **options)
+        (carry, _), (lanes, note) = drive(body, start, lanes)
         lanes = [_move(lane, 0, axis) for axis, lane in zip(turn.axes, lanes)]
         return put(*loop.leave(carry, lanes, note))
 
