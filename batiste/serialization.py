@@ -286,14 +286,14 @@ def msgpack_serialize(pytree: Any, in_place: bool = False) -> bytes:
     """
     if not in_place:
         pytree = jax.tree.map(lambda x: x, pytree)
-    return _msgpack().packb(_writable(pytree), default=_msgpack_ext_pack, strict_types=True)
+    return _msgpack().packb(_chunk_array_leaves_in_place(pytree), default=_msgpack_ext_pack, strict_types=True)
 
 
-def _writable(x: Any) -> Any:
+def _chunk_array_leaves_in_place(x: Any) -> Any:
     """`x` with arrays of NumPy, large ones in pieces; dicts are changed in place."""
     if type(x) is dict:
         for key, value in x.items():
-            x[key] = _writable(value)
+            x[key] = _chunk_array_leaves_in_place(value)
         return x
     if isinstance(x, jax.Array):
         x = np.asarray(x)
@@ -351,7 +351,7 @@ def msgpack_restore(encoded_pytree: bytes) -> Any:
         reader.feed(encoded_pytree)
         reader.skip()  # walks over everything, and stops where data is lacking, before anything is made of it
         del reader
-        return _joined(msgpack.unpackb(encoded_pytree, ext_hook=_msgpack_ext_unpack, raw=False, strict_map_key=False))
+        return _unchunk_array_leaves_in_place(msgpack.unpackb(encoded_pytree, ext_hook=_msgpack_ext_unpack, raw=False, strict_map_key=False))
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         what = str(error) or type(error).__name__
         raise ArgumentError(
@@ -375,13 +375,13 @@ def _msgpack_ext_unpack(code: int, data: bytes) -> Any:
     return array[()] if code == SCALAR else array
 
 
-def _joined(x: Any) -> Any:
+def _unchunk_array_leaves_in_place(x: Any) -> Any:
     """`x` with the pieces of large arrays put together; dicts are changed in place."""
     if not isinstance(x, dict):
         return x
     if PIECES not in x:
         for key, value in x.items():
-            x[key] = _joined(value)
+            x[key] = _unchunk_array_leaves_in_place(value)
         return x
     try:
         shape, pieces = (_list_from([None] * len(x[part]), x[part]) for part in ("shape", "chunks"))

@@ -19,13 +19,13 @@ __all__ = [
     "show_flax_in_tracebacks",
 ]
 
-_ours = [str(Path(__file__).parent)]
+_flax_exclusions = [str(Path(__file__).parent)]
 _hidden = False
 
 
 def register_exclusion(path: str) -> None:
     """Counts a file, or all files of a directory, among those of the library."""
-    _ours.append(path)
+    _flax_exclusions.append(path)
     if _hidden:
         hidden_paths.append(path)
 
@@ -34,7 +34,7 @@ def hide_flax_in_tracebacks() -> None:
     """Leaves out the library's frames."""
     global _hidden
     if not _hidden:
-        hidden_paths.extend(_ours)
+        hidden_paths.extend(_flax_exclusions)
     _hidden = True
 
 
@@ -42,7 +42,7 @@ def show_flax_in_tracebacks() -> None:
     """Shows the library's frames."""
     global _hidden
     if _hidden:
-        hidden_paths[:] = [path for path in hidden_paths if path not in _ours]
+        hidden_paths[:] = [path for path in hidden_paths if path not in _flax_exclusions]
     _hidden = False
 
 

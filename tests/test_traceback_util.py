@@ -57,5 +57,5 @@ def test_other_files_can_be_counted_in() -> None:
     assert "/somewhere/else.py" not in hidden and OURS not in hidden
     traceback_util.hide_flax_in_tracebacks()
     assert hidden.count("/somewhere/else.py") == hidden.count(OURS) == 1
-    traceback_util._ours.remove("/somewhere/else.py")
+    traceback_util._flax_exclusions.remove("/somewhere/else.py")
     hidden.remove("/somewhere/else.py")

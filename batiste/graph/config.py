@@ -2,8 +2,7 @@
 """Process-wide flags: declared once, read as plain attributes of `config`, preset by environment variables.
 
 A flag `flax_profile` is read from `FLAX_PROFILE` when it is declared, changed by `config.update`, and overridden for a
-while by `config.temp_flip_flag`. A flag's value lives in the instance dictionary of `config`, so that a read on a hot
-path costs one attribute look-up.
+while by `config.temp_flip_flag`.
 """
 
 from __future__ import annotations
@@ -43,8 +42,11 @@ class Config:
     nnx_graph_updates: bool
     check_plans: bool
 
+    def __init__(self):
+        self._values: dict[str, Any] = {}
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:
+        if name != "_values":
             raise AttributeError(f"config.{name} has no setter: call config.update({name!r}, {value!r}) instead.")
         super().__setattr__(name, value)
 
@@ -61,9 +63,9 @@ class Config:
             LookupError: there is no such flag.
         """
         name = name_or_holder.name if isinstance(name_or_holder, FlagHolder) else name_or_holder
-        if name not in self.__dict__:
-            raise LookupError(f"Unrecognized config option: {name}. The options are {', '.join(self.__dict__)}.")
-        self.__dict__[name] = value
+        if name not in self._values:
+            raise LookupError(f"Unrecognized config option: {name}. The options are {', '.join(self._values)}.")
+        self._values[name] = value
 
     @contextmanager
     def temp_flip_flag(self, var_name: str, var_value: Any) -> Iterator[None]:
@@ -72,7 +74,7 @@ class Config:
         Raises:
             AttributeError: there is no such flag.
         """
-        name = var_name if var_name in self.__dict__ else f"flax_{var_name}"
+        name = var_name if var_name in self._values else f"flax_{var_name}"
         before = getattr(self, name)
         self.update(name, var_value)
         try:
@@ -85,7 +87,7 @@ class Config:
         return getattr(self, name)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"\n  {name}={value!r}" for name, value in self.__dict__.items())
+        values = ", ".join(f"\n  {name}={value!r}" for name, value in self._values.items())
         return f"Config({values}\n)"
 
 
@@ -148,9 +150,10 @@ def static_int_env(varname: str, default: int | None) -> int | None:
 
 
 def _declare(name: str, value: Any, help: str) -> FlagHolder:
-    if name in config.__dict__:
+    if name in config._values:
         raise RuntimeError(f"Config option {name} already defined: choose another name.")
-    setattr(config, name, value)
+    config._values[name] = value
+    setattr(Config, name, property(lambda self: self._values[name]))
     return FlagHolder(name, help)
 
 

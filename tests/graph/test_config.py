@@ -16,10 +16,11 @@ from batiste.graph.config import Config, FlagHolder, bool_flag, config, int_flag
 @pytest.fixture
 def scratch():
     """Names of flags that a test declares and that are forgotten after it."""
-    before = dict(config.__dict__)
+    before = dict(config._values)
     yield
-    config.__dict__.clear()
-    config.__dict__.update(before)
+    for name in config._values.keys() - before:
+        delattr(Config, name)
+    config._values = before
 
 
 def test_update_takes_a_name_or_a_holder_and_the_holder_reads_it(scratch):
@@ -112,7 +113,7 @@ def test_flags_of_a_fresh_process_come_from_its_environment():
 
 def test_every_flag_has_a_holder_and_an_annotation():
     holders = {holder.name for holder in vars(flags).values() if isinstance(holder, FlagHolder)}
-    assert holders == set(config.__dict__) == set(Config.__annotations__)
+    assert holders == set(config._values) == set(Config.__annotations__)
 
 
 def test_the_repr_lists_every_flag():
