@@ -175,6 +175,9 @@ def _update_at(at: Any, path: tuple, value: Any, whole: tuple) -> None:
                 f"cannot update below the {type(at).__name__}", at=show_path(whole), fix="pass its value"
             )
         part = _child(at, key)
+        if part is None and rest and getattr(at, "_takes_new_parts", False):  # such as one that makes its parts late
+            part = {}
+            setattr(at, key, part)
         if not rest and not isinstance(part, (Variable, Pytree)):
             _set_child(at, key, value, whole)
             return
