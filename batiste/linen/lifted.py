@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How modules pass through a lifted transform.
+
+A lifted transform knows scopes. To call a function of modules through one, the modules are taken out of the call (the
+first argument, those in its fields, those in other arguments), their scopes go through the transform, and on the other
+side copies of the modules are bound to the scopes that come out:
+
+    module, args  --Passage-->  scopes, args without modules  --lift.vmap-->  scopes  --Passage-->  module, args
+
+What a module remembers beside its settings, which is how many names it has given, goes in and comes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from batiste.errors import TransformedMethodReturnValueError, TransformTargetError
+from batiste.graph.errors import ArgumentError, BatisteError, CallError
+
+from .context import in_module
+from .methods import wrapped
+from .module import Module
+from .parts import _State, map_modules
+from .scope import Scope, Variable
+
+Transform = Callable[..., Callable[..., Any]]
+
+
+class SeveralScopesError(BatisteError, NotImplementedError):
+    """A transform of one scope was given modules with variables in several."""
+
+    def __init__(self, name: str, paths: Sequence[str]):
+        fix = "pass multi_scope=True" if name == "vjp" else "make the other modules inside the first, or pass arrays"
+        super().__init__(f"nn.{name} does not yet support Modules that include other Modules passed as arguments",
+                         got=" and ".join(paths), fix=fix)  # fmt: skip
+
+
+# ---------------------------------------------------------------- the passage
+
+
+def settings_of(module: Module) -> dict[str, Any]:
+    """The fields that the constructor takes, but for name and parent."""
+    names = (f.name for f in dataclasses.fields(module) if f.init)  # type: ignore[arg-type]
+    return {name: vars(module)[name] for name in names if name not in ("parent", "name")}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Stands for the module of this number in arguments that go through a transform."""
+
+    number: int
+
+
+class Passage:
+    """The modules of one call, on their way through a transform.
+
+    Args:
+        module: the first argument of the call; the other arguments may hold modules too.
+        kind: of the copy on the other side; by default as outside.
+    """
+
+    def __init__(self, module: Module, args: tuple, kwargs: Mapping[str, Any] = {}, kind: type | None = None):
+        self.kind = kind or type(module)
+        self.module, self.modules = module, [module]
+        self.args, self.kwargs = map_modules(self._place, args), map_modules(self._place, dict(kwargs))
+        self.bound: list[Module] = []
+        for each in self.modules:
+            self._find(each)
+        self.tops = _tops([m.scope for m in self.bound])  # type: ignore[misc]
+        self.reserved = [(m.scope, dict(m.scope.reserved)) for m in self.bound]  # type: ignore[union-attr]
+        self.places = tuple(self._place_of(m.scope) for m in self.bound)  # type: ignore[arg-type]
+        state = module._state
+        self.before = (state.in_setup, state.compact_depth, dict(state.names_made))
+        self.names_made = state.names_made
+
+    def _place(self, module: Module, _: str = "") -> _Place:
+        for number, known in enumerate(self.modules):
+            if known is module:
+                return _Place(number)
+        self.modules.append(module)
+        return _Place(len(self.modules) - 1)
+
+    def _find(self, module: Module, _: str = "") -> Module:
+        """Notes the bound modules: those in fields come before the one that has them."""
+        if any(module is known for known in self.bound):
+            return module
+        map_modules(self._find, list(settings_of(module).values()))
+        if module.scope is not None:
+            self.bound.append(module)
+        return module
+
+    @property
+    def scopes(self) -> Any:
+        """The scopes that must go through: one, or a tuple; those below another one go with it."""
+        return self.tops[0] if len(self.tops) == 1 else tuple(self.tops)
+
+    # ------------------------------------------------------------ on the other side
+    def arrive(self, scopes: Any, args: tuple, kwargs: Mapping[str, Any] = {}) -> tuple[Module, tuple, dict[str, Any]]:
+        """Copies of the modules, bound to the scopes that came out of the transform."""
+        tops = (scopes,) if len(self.tops) == 1 else scopes
+        inner = [_follow(tops[number], names) for number, names in self.places]
+        for scope in inner:
+            scope.rewound()
+        for scope in inner:
+            _take_name(scope, inner)
+        copies: dict[int, Module] = {}
+
+        def copied(module: Module, _: str = "") -> Module:
+            if module.scope is None:
+                return module
+            if id(module) not in copies:
+                number = next(i for i, known in enumerate(self.bound) if known is module)
+                kind = self.kind if module is self.module else type(module)
+                settings = {name: map_modules(copied, value) for name, value in settings_of(module).items()}
+                copies[id(module)] = kind(**settings, parent=inner[number], name=module.name)
+            return copies[id(module)]
+
+        with in_module(None):
+            modules = [copied(module) for module in self.modules]
+        object.__setattr__(modules[0], "_state", self._state_inside())
+        if len(modules) == 1:
+            return modules[0], args, dict(kwargs)
+        is_place = lambda x: isinstance(x, _Place)
+        back = lambda tree: jax.tree.map(lambda x: modules[x.number] if is_place(x) else x, tree, is_leaf=is_place)
+        return modules[0], back(args), back(dict(kwargs))
+
+    def _place_of(self, scope: Scope) -> tuple[int, tuple[str, ...]]:
+        """The number of the scope's top, and the names below it."""
+        number = next(i for i, top in enumerate(self.tops) if _is_below(scope, top))
+        return number, scope.path[len(self.tops[number].path) :]
+
+    def _state_inside(self) -> _State:
+        in_setup, depth, names = self.before
+        return _State(in_setup=in_setup, setup_begun=in_setup, compact_depth=depth, names_made=dict(names))
+
+    def note(self, module: Module) -> None:
+        """Remembers how many names the copy has given."""
+        self.names_made = dict(module._state.names_made)
+
+    # ------------------------------------------------------------ back outside
+    def settle(self) -> None:
+        """Lets the module outside go on where its copy has stopped."""
+        for scope, reserved in self.reserved:
+            scope.reserved.clear()
+            scope.reserved.update(reserved)
+        self.module._state.names_made = dict(self.names_made)
+
+
+def _follow(scope: Scope, names: Sequence[str]) -> Scope:
+    for name in names:
+        scope = scope.children.get(name) or scope.push(name, reuse=True)
+    return scope
+
+
+def _is_below(scope: Scope, top: Scope) -> bool:
+    return scope.frame is top.frame and scope.path[: len(top.path)] == top.path
+
+
+def _tops(scopes: Sequence[Scope]) -> list[Scope]:
+    """The scopes that are not below others, each once, in their order."""
+    tops: list[Scope] = []
+    for scope in scopes:
+        if any(_is_below(scope, top) for top in tops):
+            continue
+        tops = [top for top in tops if not _is_below(top, scope)]
+        tops.append(scope)
+    return tops
+
+
+def _take_name(scope: Scope, others: Sequence[Scope]) -> None:
+    """Reserves the name of a scope in the one above it, where a module has that one."""
+    for other in others:
+        if scope.path and other.frame is scope.frame and other.path == scope.path[:-1]:
+            if not other.name_reserved(scope.path[-1]):
+                other.reserve(scope.path[-1])
+
+
+# ---------------------------------------------------------------- functions of modules as functions of scopes
+
+
+def as_method(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a module as one that runs as its method: it is the parent of what is made."""
+    if hasattr(fn, "wrapped"):
+        return fn
+    return wrapped(fn if hasattr(fn, "__name__") else _with_name(fn))
+
+
+def _with_name(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.update_wrapper(lambda *args, **kwargs: fn(*args, **kwargs), getattr(fn, "func", fn))
+
+
+def of_scopes(fn: Callable[..., Any], passage: Callable[[], Passage]) -> Callable[..., Any]:
+    """`f(scopes, *args)`, which runs `fn(module, *args)` with the module of the passage."""
+
+    def core(scopes: Any, *args: Any, **kwargs: Any) -> Any:
+        current = passage()
+        module, args, kwargs = current.arrive(scopes, args, kwargs)
+        y = fn(module, *args, **kwargs)
+        current.note(module)
+        return without_modules(y, fn)
+
+    return functools.update_wrapper(core, fn, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+
+
+def without_modules(y: Any, fn: Callable[..., Any]) -> Any:
+    """`y`, the result of `fn`.
+
+    Raises:
+        TransformedMethodReturnValueError: there is a module or a variable in it.
+    """
+    if any(isinstance(x, (Module, Variable)) for x in jax.tree.leaves(y)):
+        raise TransformedMethodReturnValueError(getattr(fn, "__name__", str(fn)))
+    return y
+
+
+def checked_module(module: Any, name: str) -> Module:
+    """`module`.
+
+    Raises:
+        CallError: it is none.
+    """
+    if not isinstance(module, Module):
+        raise CallError(f"nn.{name} needs a Module as the first argument of its function", got=type(module).__name__,
+                        fix="pass the module first, then the other arguments")  # fmt: skip
+    return module
+
+
+def run_lifted(name: str, transform: Transform, fns: Sequence[Callable[..., Any]], module: Any, args: tuple,
+               kwargs: Mapping[str, Any] = {}, kind: type | None = None, one_scope: bool = False) -> Any:  # fmt: skip
+    """`transform(*fns)(module, *args)`, where `transform` is one of functions of scopes.
+
+    Raises:
+        ArgumentError: the module is not bound.
+        SeveralScopesError: there may be but `one_scope`, and modules from outside of it are among the arguments.
+    """
+    passage = Passage(checked_module(module, name), args, kwargs, kind)
+    if not passage.tops:
+        raise ArgumentError(f"nn.{name} needs a module with variables", at=type(module).__name__,
+                            fix="call it inside init() or apply()")  # fmt: skip
+    if one_scope and len(passage.tops) > 1:
+        raise SeveralScopesError(name, [scope.path_text for scope in passage.tops])
+    cores = [of_scopes(as_method(fn), lambda: passage) for fn in fns]
+    try:
+        return transform(*cores)(passage.scopes, *passage.args, **passage.kwargs)
+    finally:
+        passage.settle()
+
+
+# ---------------------------------------------------------------- targets: classes and functions
+
+
+def lift_target(name: str, target: Any, lifted: Callable[[Mapping[str, Any]], Lifted], methods: Any = None,
+                prefix: str | None = None) -> Any:  # fmt: skip
+    """A class whose methods go through a transform, or a function that does.
+
+    Args:
+        name: of the transform.
+        lifted: gives the transform; it takes the options that a method has of its own.
+        methods: names, or options by name; by default `__call__`.
+        prefix: of the class's name.
+
+    Raises:
+        TransformTargetError: `target` is neither a class of modules nor a function.
+    """
+    if inspect.isclass(target) and issubclass(target, Module):
+        return _lift_class(name, target, lifted, methods, name.capitalize() if prefix is None else prefix)
+    if not callable(target) or isinstance(target, Module):
+        raise TransformTargetError(target)
+    return _through(name, target, lifted({}), None)
+
+
+Lifted = Callable[[Callable[..., Any], Any, tuple, Mapping[str, Any], type | None], Any]
+
+
+def _options_of(methods: Any) -> Mapping[str, Mapping[str, Any]]:
+    if methods is None:
+        return {"__call__": {}}
+    if isinstance(methods, Mapping):
+        return methods
+    if isinstance(methods, (list, tuple)):
+        return {name: {} for name in methods}
+    raise ArgumentError("transform methods argument must be None, tuple, list, or dict", got=type(methods).__name__,
+                        fix='pass methods=["__call__", ...]')  # fmt: skip
+
+
+def _lift_class(name: str, cls: type[Module], lifted: Callable[[Mapping[str, Any]], Lifted], methods: Any,
+                prefix: str) -> type[Module]:  # fmt: skip
+    body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    for method, options in _options_of(methods).items():
+        through = _through(name, getattr(cls, method), lifted(options), cls)
+        through.wrapped = True  # type: ignore[attr-defined]  # the copy runs `setup`, not the module outside
+        body[method] = through
+    return type(cls)(prefix + cls.__name__, (cls,), body)
+
+
+def _through(name: str, fn: Callable[..., Any], lifted: Lifted, kind: type | None) -> Callable[..., Any]:
+    method = as_method(fn)
+
+    def through(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(module, Module) and module.scope is None:
+            return method(module, *args, **kwargs)  # nothing to lift
+        return lifted(method, module, args, kwargs, kind)
+
+    functools.update_wrapper(through, method)
+    if kind is None:
+        through.__name__ = f"{name}({method.__name__})"  # the result is that of the function inside
+        marks = ["wrapped"]
+        if hasattr(method, "compact_name_scope"):  # the copy goes into that scope, not the module outside
+            marks += ["compact", "compact_name_scope"]
+        for mark in marks:
+            through.__dict__.pop(mark, None)
+    return through
+
+
+# ---------------------------------------------------------------- remembered calls
+
+
+class _ById:
+    """A value that cannot be hashed, told apart by its identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class _HashableProxy:
+    """Stands for the modules of a call where a program is remembered: equal for equal types, settings and sharing.
+
+    Modules with variables have no hash, and a program must not keep them alive. What counts is how they are made:
+    the type and the fields of each, and which of them are the same. Which variables they hold, the scopes tell.
+    """
+
+    __slots__ = ("key", "_hash")
+
+    def __init__(self, key: Hashable):
+        self.key, self._hash = key, hash(key)
+
+    @classmethod
+    def from_module(cls, module: Module, *others: Any) -> _HashableProxy:
+        """Of a module, and of values that may hold other modules."""
+        seen: dict[int, int] = {}
+        return cls(tuple(_key_of(x, seen) for x in (module, *others)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HashableProxy) and self._hash == other._hash and self.key == other.key
+
+    def __repr__(self) -> str:
+        return f"_HashableProxy({self.key!r})"
+
+
+def _key_of(value: Any, seen: dict[int, int]) -> Hashable:
+    if isinstance(value, Module):
+        return tuple(_key_of_module(value, seen))
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(_key_of(x, seen) for x in value))
+    if isinstance(value, Mapping):
+        return (type(value), *((k, _key_of(x, seen)) for k, x in value.items()))
+    try:
+        hash(value)
+    except TypeError:
+        return _ById(value)
+    return type(value), value
+
+
+def _key_of_module(module: Module, seen: dict[int, int]) -> Iterator[Hashable]:
+    if id(module) in seen:
+        yield seen[id(module)]
+        return
+    seen[id(module)] = len(seen)
+    state = module._state
+    yield type(module)
+    yield module.scope is None, bool(state.compact_depth), state.in_setup
+    for name, value in settings_of(module).items():
+        yield name, _key_of(value, seen)
