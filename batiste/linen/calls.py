@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from batiste.core.frozen_dict import freeze
 from batiste.errors import InvalidRngError
+from batiste.graph.config import config
 from batiste.graph.errors import ArgumentError
 
 from .context import in_module
@@ -39,6 +41,11 @@ def streams_of(rngs: Any, module: Module, kind: str = "The ``rngs`` argument pas
     problem = f"{kind} function should be a ``jax.PRNGKey`` or a dictionary mapping strings to ``jax.PRNGKey``"
     got = ", ".join(f"{name}: {type(key).__name__}" for name, key in rngs.items())
     raise ArgumentError(problem, got=got, fix='pass {"params": jax.random.key(0)}')
+
+
+def given_out(variables: dict[str, Any]) -> Any:
+    """Variables as they are handed to the user: frozen, where the flag `flax_return_frozendict` says so."""
+    return freeze(variables) if config.flax_return_frozendict else variables
 
 
 def _every_call(module: Module, name: str) -> bool:
@@ -103,7 +110,7 @@ def _run(fn: Callable[..., Any], module: Module, variables: Mapping[str, Any], r
             y = fn(module.clone(parent=scope), *args, **kwargs)
     finally:
         scope.invalidate()
-    return y if mutable is False else (y, scope.mutable_variables())
+    return y if mutable is False else (y, given_out(scope.mutable_variables()))
 
 
 def _with_intermediates(mutable: Any) -> Any:

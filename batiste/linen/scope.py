@@ -129,6 +129,7 @@ class Frame(Object):
         self.folded = dict.fromkeys(rngs, 0)
         self.mutable = frozenset(mutable) if is_set else mutable
         self.flags = dict(flags)
+        self.given: dict[str, bool] = {}  # collections that the call was given: is there something in them?
         self.valid = True
 
 
@@ -163,6 +164,8 @@ class Scope(Object):
         flags: Mapping[str, Any] | None = None,
     ):
         frame = parent.frame if parent is not None else Frame(rngs or {}, mutable, flags or {})
+        if parent is None:
+            frame.given = {col: bool(tree) for col, tree in variables.items()}
         cells = {col: {k: _cell(col, v) for k, v in tree.items()} for col, tree in variables.items()}
         self._place(frame, cells, (*path, name) if name is not None else tuple(path))
 
@@ -300,6 +303,10 @@ class Scope(Object):
     def is_collection_empty(self, col: str) -> bool:
         return not self.cells.get(col) and all(child.is_collection_empty(col) for child in self.children.values())
 
+    def knows(self, col: str) -> bool:
+        """Whether the collection was given to the call, be it without anything in it, or there is something in it."""
+        return col in self.frame.given or not self.is_collection_empty(col)
+
     def has_variable(self, col: str, name: str) -> bool:
         if name in self.cells.get(col, ()):
             return True
@@ -344,7 +351,7 @@ class Scope(Object):
         self.reserve(name, col)
         if not self.has_variable(col, name):
             if not self.is_mutable_collection(col) or init_fn is None:
-                if self.is_collection_empty(col):
+                if not self.frame.given.get(col) and self.is_collection_empty(col):
                     raise ScopeCollectionNotFound(col, name, self.path_text)
                 raise ScopeVariableNotFoundError(name, col, self.path_text)
             self.put_variable(col, name, init_fn(*init_args, **init_kwargs))
@@ -373,7 +380,7 @@ class Scope(Object):
     def check_can_make(self, name: str) -> None:
         """Raises unless the parameter `name` may be made."""
         if not self.is_mutable_collection("params"):
-            if self.is_collection_empty("params"):
+            if not self.frame.given.get("params") and self.is_collection_empty("params"):
                 raise ScopeCollectionNotFound("params", name, self.path_text)
             raise ScopeParamNotFoundError(name, self.path_text)
 
