@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from .collectives import Collective, collectives, count_collectives
+from .explain import Explanation, Memory, explain_sharding, memory_plan
 from .names import (
     PARTITION_NAME,
     abstract_with_sharding,
@@ -22,21 +24,46 @@ from .names import (
     with_partitioning,
     with_sharding_constraint,
 )
+from .pipeline import pipeline, pipelined
+from .plan import Plan, constrain, current_plan, make_mesh, use
+from .ready import data_parallel, fsdp, fsdp_tensor, ready_plan, tensor_parallel
+from .sequence import gather_attention, ring_attention
 
 __all__ = [
     "PARTITION_NAME",
+    "Collective",
+    "Explanation",
+    "Memory",
+    "Plan",
     "abstract_with_sharding",
     "add_axis",
     "as_abstract",
+    "collectives",
+    "constrain",
+    "count_collectives",
+    "current_plan",
+    "data_parallel",
+    "explain_sharding",
+    "fsdp",
+    "fsdp_tensor",
+    "gather_attention",
     "get_abstract_model",
     "get_logical_axis_rules",
     "get_named_sharding",
     "get_partition_spec",
     "get_var_pspec",
     "logical_axis_rules",
+    "make_mesh",
+    "memory_plan",
+    "pipeline",
+    "pipelined",
+    "ready_plan",
     "remove_axis",
+    "ring_attention",
     "set_logical_axis_rules",
     "sharded_struct",
+    "tensor_parallel",
+    "use",
     "use_eager_sharding",
     "using_eager_sharding",
     "with_partitioning",

@@ -30,11 +30,27 @@ from batiste.graph.jaxcompat import Tracer, is_ref, key_name
 from batiste.graph.placement import Axes, logical_axis_rules, put, spec_of
 
 from .nursery import Nursery
-from .rules import WHOLE_RULE, Decision, PathRules, all_axes, check, expanded, filled, fits, mesh_axes, spread, to_spec
+from .rules import (
+    WHOLE_RULE,
+    Decision,
+    PathRules,
+    all_axes,
+    check,
+    expanded,
+    filled,
+    fits,
+    mesh_axes,
+    shown,
+    spread,
+    suits,
+    to_spec,
+)
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
 
+NAMES = ("batch", "group", "length", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "expert", "layers")
+"""Axis names that layers use: they mean whole, unless a plan says otherwise. Unknown ones are errors."""
 ORDER = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 
 
@@ -68,8 +84,8 @@ class Plan:
     Args:
         mesh: the devices.
         names: what an axis name means, of a parameter (`out_sharding`) or of an activation (`constrain`).
-        paths: pairs (glob, axes per dim) for parameters without axis names; the first that fits counts. `rules` says
-            how they are written. The empty tuple means whole, on every device.
+        paths: pairs (glob, axes per dim) for parameters without axis names; the first that fits counts. `rules.py`
+            says how they are written. The empty tuple means whole, on every device.
         fill: mesh axes that are put on the largest dim that they divide, besides what the rules say.
         least: parameters with fewer elements are not filled: sending them costs more than keeping them.
         batch: mesh axes of the first dim of a batch, and `sequence` those of its second.
@@ -89,6 +105,7 @@ class Plan:
     strict: bool = True
 
     def __post_init__(self):
+        object.__setattr__(self, "names", {**dict.fromkeys(NAMES), **self.names})
         known = set(self.mesh.axis_names)
         for what, axes in (("fill", self.fill), ("batch", self.batch), ("sequence", self.sequence),
                            *((f"names[{name!r}]", (axes,)) for name, axes in self.names.items())):  # fmt: skip
@@ -128,10 +145,10 @@ class Plan:
             rule, axes, meanings = f"axis names {tuple(names)}", tuple(names), self._meanings(path, metadata)
             axes = axes[: len(shape)] if not any(axes[len(shape) :]) else axes
         else:
-            found = next(((glob, axes) for glob, axes in self.paths if fits(glob, path)), None)
+            found = next((rule for rule in self.paths if fits(rule[0], path) and suits(rule[1], len(shape))), None)
             if found is None:
                 return self._unmatched(path, shape)
-            rule, axes, meanings = f"path {found[0]}", found[1], self.names
+            rule, axes, meanings = f"path {shown(found[0], path)}", found[1], self.names
             if not axes or not shape:
                 return Decision(PartitionSpec(), rule)
         each = [mesh_axes(e, meanings, self.sizes, path, rule) for e in expanded(axes, len(shape), path, rule)]
@@ -164,7 +181,7 @@ class Plan:
         """
         where = "/".join(map(str, path))
         value, metadata = contents(x)
-        shape = tuple(np.shape(value))
+        shape = tuple(value.shape if hasattr(value, "shape") else np.shape(value))
         if isinstance(x, RngState) or jax.numpy.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
             return Decision(PartitionSpec(), "random state stays whole")
         if not is_optimizer_state(path, x):

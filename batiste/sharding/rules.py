@@ -5,7 +5,8 @@
 
 A glob is held against the end of a path, name by name: `mlp/up/kernel` fits `layers/0/mlp/up/kernel`. In it `*` stands
 for any part of one name, `**` for any number of names, and `{up,gate}` for either. The axes of a rule are one entry
-per dim, each a mesh axis, an axis name, a tuple of them or None; `...` stands for all dims that have no entry.
+per dim, each a mesh axis, an axis name, a tuple of them or None; `...` stands for all dims that have no entry. A rule
+without `...` speaks of values of its rank alone, and the empty one of values of any rank: they stay whole.
 """
 
 from __future__ import annotations
@@ -61,7 +62,29 @@ def fits(glob: str, path: str) -> bool:
     return _pattern(glob).fullmatch(path) is not None
 
 
+def shown(glob: str, path: str) -> str:
+    """The glob, with the name that was met in the place of alternatives.
+
+    >>> shown("mlp/{up,gate}/kernel", "layers/0/mlp/up/kernel")
+    'mlp/up/kernel'
+    """
+    parts = glob.split("/")
+    if "**" in parts:
+        return glob
+    met = path.split("/")[-len(parts) :]
+    return "/".join(name if "{" in part else part for part, name in zip(parts, met))
+
+
 # ---------------------------------------------------------------- axes per dim -> PartitionSpec
+def suits(axes: Spec, ndim: int) -> bool:
+    """Whether a rule with these axes can speak of a value of this rank; the empty rule speaks of all.
+
+    >>> suits((None, "tensor"), 3), suits((..., None, "tensor"), 3)
+    (False, True)
+    """
+    return not axes or len(axes) == ndim or (Ellipsis in axes and len(axes) - 1 <= ndim)
+
+
 def expanded(axes: Spec, ndim: int, at: str, rule: str) -> Spec:
     """One entry per dim, `...` written out.
 
