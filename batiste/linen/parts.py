@@ -150,19 +150,22 @@ class Part:
 
 
 # ---------------------------------------------------------------- modules in containers
-def map_modules(f: Callable[[Any, str], Any], value: Any, name: str = "", seal: bool = False) -> Any:
+def map_modules(
+    f: Callable[[Any, str], Any], value: Any, name: str = "", seal: bool = False, of: Any = Part
+) -> Any:
     """`value` with f(module, name) in the place of each module in it: itself, or in containers and struct dataclasses.
 
     Args:
         name: of `value`; what is in a container is called after it and its place.
         seal: lists become tuples and dicts `FrozenDict`s.
+        of: the types that are looked for.
     """
-    if isinstance(value, Part):
+    if isinstance(value, of):
         return f(value, name)
     if not _may_hold_modules(value):
         return value
     old = _items(value)
-    new = {key: map_modules(f, x, f"{name}_{key}", seal) for key, x in old.items()}
+    new = {key: map_modules(f, x, f"{name}_{key}", seal, of) for key, x in old.items()}
     if isinstance(value, Mapping):
         rebuild = FrozenDict if seal else type(value)
     elif isinstance(value, (list, tuple)):
