@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from batiste.core.frozen_dict import FrozenDict
 from batiste.graph.variable import MISSING, Missing
 from batiste.nn.conv import PaddingLike
 from batiste.nn.initializers import Initializer
+from batiste.transforms.axes import In, Out
 
 __all__ = [
     "MISSING",
@@ -224,22 +225,6 @@ LogicalPartitionSpec = Any
 LogicalPartitionSpecPytree = Any
 PartitionSpecPytree = Any
 Sharding = tuple[AxisName, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class In(Generic[T]):
-    """A collection goes into a transformed function only, along this axis."""
-
-    axis: T
-
-
-@dataclasses.dataclass(frozen=True)
-class Out(Generic[T]):
-    """A collection comes out of a transformed function only, along this axis."""
-
-    axis: T
-
-
 Axis = int | None
 InOutAxis = Axis | In[Axis] | Out[Axis]
 ScanAxis = int

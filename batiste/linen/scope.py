@@ -6,20 +6,17 @@ scopes of a call share (the keys, what may be written, flags) is their `Frame`, 
 
     variables (dict)  --Scope(...)-->  Scope  --functions of a scope-->  Scope  --mutable_variables()-->  dict
 
-How a scope crosses a transform: hand it to the core's transform like any other module, `vmap(f)(scope, *args)`.
-Collections are told apart by the type of their Variables (`Variable.collection`), so `variable_axes` is a rule on that
-name; the keys are the `RngKey`s in `frame.rngs`, whose `tag` is the stream's name, so `split_rngs` is a rule on the
-tag, and `frame.folded` says how much of the path has gone into a key already. New variables and scopes are a
-structural change like any other and come back by the same rules. A Variable whose value is a mapping is a subtree
-which no submodule has asked for yet; `push` opens it by one level, so that a transform carries unopened parts along as
-they are.
+A scope can be handed to the core's transforms like any other module; `batiste.linen.lift` does so by collection and
+stream. A Variable whose value is a mapping is a subtree which no submodule has asked for yet; `push` opens it by one
+level.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +26,6 @@ import numpy as np
 from batiste.errors import (
     ApplyScopeInvalidVariablesStructureError,
     ApplyScopeInvalidVariablesTypeError,
-    InvalidFilterError,
     InvalidRngError,
     InvalidScopeError,
     JaxTransformError,
@@ -45,49 +41,8 @@ from batiste.graph.jaxcompat import current_trace
 from batiste.graph.pytree import prepare
 
 from .boxes import is_axis_metadata, replace_boxed, unbox
-
-# ---------------------------------------------------------------- filters of collections
-
-
-class DenyList:
-    """A filter of collections: all but those that `deny` lets through.
-
-    >>> in_filter(DenyList("params"), "cache"), in_filter(DenyList(["params"]), "params")
-    (True, False)
-    """
-
-    def __init__(self, deny: Any):
-        self.deny = deny
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, DenyList) and self.deny == other.deny
-
-    def __hash__(self) -> int:
-        return hash(("DenyList", self.deny if isinstance(self.deny, (bool, str, DenyList)) else frozenset(self.deny)))
-
-    def __repr__(self) -> str:
-        return f"DenyList(deny={self.deny!r})"
-
-
-CollectionFilter = bool | str | Collection[str] | DenyList
-
-
-def in_filter(collections: Any, name: str) -> bool:
-    """Whether a filter of collections lets `name` through.
-
-    Raises:
-        InvalidFilterError: it is no bool, name, set of names, or DenyList.
-    """
-    if isinstance(collections, bool):
-        return collections
-    if isinstance(collections, str):
-        return name == collections
-    if isinstance(collections, Collection):
-        return name in collections
-    if isinstance(collections, DenyList):
-        return not in_filter(collections.deny, name)
-    raise InvalidFilterError(collections)
-
+from .filters import DenyList as DenyList
+from .filters import in_filter
 
 # ---------------------------------------------------------------- keys
 
@@ -113,6 +68,21 @@ def hash_of(parts: tuple[str | int, ...]) -> int:
 # ---------------------------------------------------------------- scopes
 
 
+class Base:
+    """The path at which a frame begins. All are equal: programs of scopes that differ in it alone are the same."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: tuple[str, ...]):
+        self.path = path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Base)
+
+    def __hash__(self) -> int:
+        return hash(Base)
+
+
 class Frame(Object):
     """What all scopes of one call share.
 
@@ -120,16 +90,22 @@ class Frame(Object):
         rngs: keys by the name of their stream.
         mutable: the collections that may be written.
         flags: settings of the call, such as `initializing`.
+        base: the path that has gone into the keys already.
     """
 
-    def __init__(self, rngs: Mapping[str, Any], mutable: Any, flags: Mapping[str, Any]):
+    counts: dict[tuple[tuple[str, ...], str], int]
+
+    def __init__(
+        self, rngs: Mapping[str, Any], mutable: Any, flags: Mapping[str, Any], base: tuple[str, ...] = ()
+    ):  # fmt: skip
         in_filter(mutable, "")  # a wrong filter is refused here
         is_set = isinstance(mutable, Collection) and not isinstance(mutable, str)
         self.rngs = {name: RngKey(key, tag=name) for name, key in rngs.items()}
-        self.folded = dict.fromkeys(rngs, 0)
+        self.counts = {}
         self.mutable = frozenset(mutable) if is_set else mutable
         self.flags = dict(flags)
         self.given: dict[str, bool] = {}  # collections that the call was given: is there something in them?
+        self.base = Base(base)
         self.valid = True
 
 
@@ -148,10 +124,9 @@ class Scope(Object):
 
     cells: dict[str, dict[str, Cell]]
     children: dict[str, Scope]
-    counts: dict[str, int]
     reserved: dict[str, tuple[str | None, ...]]
     frame: Frame
-    path: tuple[str, ...]
+    steps: tuple[str, ...]
 
     def __init__(
         self,
@@ -166,15 +141,28 @@ class Scope(Object):
         frame = parent.frame if parent is not None else Frame(rngs or {}, mutable, flags or {})
         if parent is None:
             frame.given = {col: bool(tree) for col, tree in variables.items()}
-        cells = {col: {k: _cell(col, v) for k, v in tree.items()} for col, tree in variables.items()}
+        cells = {col: {k: cell_of(col, v) for k, v in tree.items()} for col, tree in variables.items()}
         self._place(frame, cells, (*path, name) if name is not None else tuple(path))
 
-    def _place(self, frame: Frame, cells: dict[str, dict[str, Cell]], path: tuple[str, ...]) -> None:
-        parts = {"frame": frame, "cells": cells, "children": {}, "counts": {}, "reserved": {}, "path": path}
+    def _place(self, frame: Frame, cells: dict[str, dict[str, Cell]], steps: tuple[str, ...]) -> None:
+        parts = {"frame": frame, "cells": cells, "children": {}, "reserved": {}, "steps": steps}
         vars(self).update(parts)  # one step: a model has many scopes, and each attribute set by itself is looked at
-        self._pytree__nodes.update({part: part != "path" for part in parts})
+        self._pytree__nodes.update({part: part != "steps" for part in parts})
+
+    @classmethod
+    def at(cls, frame: Frame, cells: dict[str, dict[str, Cell]], steps: tuple[str, ...], trace: Any = None) -> Scope:
+        """A scope of this frame, `steps` below its base, as calling the class would make it but without its checks."""
+        scope = cls.__new__(cls)
+        prepare(scope, {}, trace)
+        scope._place(frame, cells, steps)
+        return scope
 
     # ------------------------------------------------------------ where it stands
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The names of the scopes above this one, and its own."""
+        return self.frame.base.path + self.steps
+
     @property
     def name(self) -> str | None:
         return self.path[-1] if self.path else None
@@ -204,6 +192,19 @@ class Scope(Object):
     def invalidate(self) -> None:
         """Ends the call: the scopes of this frame can no longer be used to make or write anything."""
         self.frame.valid = False
+
+    @property
+    def invalid(self) -> bool:
+        """Whether the call is over."""
+        return not self.frame.valid
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[Scope]:
+        """Ends the call when its `with` ends."""
+        try:
+            yield self
+        finally:
+            self.invalidate()
 
     def _check_valid(self) -> None:
         if not self.frame.valid:
@@ -252,12 +253,44 @@ class Scope(Object):
             self.reserve(name)
         child = self.children.get(name)
         if child is None:
-            child = self.children[name] = Scope.__new__(Scope)
-            prepare(child, {}, self._pytree__state.trace)  # as calling the class would, without its checks
-            child._place(self.frame, self._opened(name), (*self.path, name))
-        else:
-            child.reserved.clear()  # another module moves in
+            return self._make_child(name)
+        child.reserved.clear()  # another module moves in
         return child
+
+    def child(self, fn: Callable[..., Any], name: str | None = None, prefix: str | None = None,
+              named_call: bool = True, **partial_kwargs: Any) -> Callable[..., Any]:  # fmt: skip
+        """`fn` as a function of its other arguments, with a scope below this one as the first.
+
+        Calls of the result share that scope's variables.
+
+        Args:
+            name: of the scope; by default it is made up of `prefix`, or of the function's name.
+            named_call: operations carry the name of the scope.
+        """
+        label = getattr(fn, "__name__", type(fn).__name__)
+        scope = self.push(name, f"{label}_" if prefix is None else prefix)
+
+        @functools.wraps(fn, updated=())
+        def of_child(*args: Any, **kwargs: Any) -> Any:
+            named = jax.named_scope(scope.name or label) if named_call else contextlib.nullcontext()
+            with named:
+                return fn(scope.rewound(), *args, **partial_kwargs, **kwargs)
+
+        return of_child
+
+    def _make_child(self, name: str) -> Scope:
+        child = Scope.at(self.frame, self._opened(name), (*self.steps, name), self._pytree__state.trace)
+        self.children[name] = child
+        return child
+
+    def open_all(self) -> None:
+        """Makes a scope of each subtree, down to the variables."""
+        names = [name for cells in self.cells.values() for name, cell in cells.items() if _is_subtree(cell)]
+        for name in dict.fromkeys(names):
+            if name not in self.children:
+                self._make_child(name)
+        for child in self.children.values():
+            child.open_all()
 
     def _opened(self, name: str) -> dict[str, dict[str, Cell]]:
         """The cells of the subtree `name` of every collection, one level opened."""
@@ -266,14 +299,15 @@ class Scope(Object):
             cell = cells.get(name)
             if cell is not None and isinstance(tree := cell.get_raw_value(), Mapping):
                 del cells[name]
-                opened[col] = {k: _cell(col, v) for k, v in tree.items()}
+                opened[col] = {k: cell_of(col, v) for k, v in tree.items()}
         return opened
 
     def rewound(self, rewind_rngs: bool = False) -> Scope:
         """This scope with all names free again, and perhaps the counts of the streams at the start."""
         self.reserved.clear()
         if rewind_rngs:
-            self.counts.clear()
+            for key in [key for key in self.frame.counts if key[0] == self.steps]:
+                del self.frame.counts[key]
         return self
 
     # ------------------------------------------------------------ streams
@@ -292,9 +326,8 @@ class Scope(Object):
             if "params" not in frame.rngs:
                 raise InvalidRngError(f'{self.name} needs PRNG for "{name}"')
             name = "params"
-        count = self.counts[name] = self.counts.get(name, 0) + 1
-        parts = (*self.path[frame.folded[name] :], count)
-        return jax.random.fold_in(frame.rngs[name].get_value(), np.uint32(hash_of(parts)))
+        count = frame.counts[self.steps, name] = frame.counts.get((self.steps, name), 0) + 1
+        return jax.random.fold_in(frame.rngs[name].get_value(), np.uint32(hash_of((*self.steps, count))))
 
     # ------------------------------------------------------------ variables
     def is_mutable_collection(self, col: str) -> bool:
@@ -329,15 +362,22 @@ class Scope(Object):
         self._check_trace()
         if not self.is_mutable_collection(col):
             raise ModifyScopeVariableError(col, name, self.path_text)
-        if name in self.children and isinstance(value, Mapping):
-            for inner, x in value.items():
-                self.children[name].put_variable(col, inner, x)
-            return
+        if name in self.children:
+            self.children[name]._clear(col)
+            if isinstance(value, Mapping):
+                for inner, x in value.items():
+                    self.children[name].put_variable(col, inner, x)
+                return
         cells = self.cells.setdefault(col, {})
         if name in cells:
             cells[name].set_raw_value(value)
         else:
-            cells[name] = _cell(col, value)
+            cells[name] = cell_of(col, value)
+
+    def _clear(self, col: str) -> None:
+        self.cells.pop(col, None)
+        for child in self.children.values():
+            child._clear(col)
 
     def variable(
         self, col: str, name: str, init_fn: Callable[..., Any] | None = None, *init_args: Any,
@@ -445,7 +485,14 @@ def unboxed(value: Any) -> Any:
     return value if isinstance(value, jax.Array) else unbox(value)
 
 
-def _cell(col: str, value: Any) -> Cell:
+def _is_subtree(cell: Cell) -> bool:
+    """Whether a scope can stand for the cell."""
+    value = cell.get_raw_value()
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def cell_of(col: str, value: Any) -> Cell:
+    """The Variable around a value of collection `col`."""
     return variable_type_from_name(col, allow_register=True)(value)
 
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,27 @@ from .arguments import bound, by_position
 from .compare import place
 from .compile import refuse_bound_method, refuse_rules
 
+T = TypeVar("T")
+
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Carry:
     """Marks the argument and the result of `scan` that go from one iteration to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class In(Generic[T]):
+    """A collection goes into a transformed function only, along this axis."""
+
+    axis: T
+
+
+@dataclasses.dataclass(frozen=True)
+class Out(Generic[T]):
+    """A collection comes out of a transformed function only, along this axis."""
+
+    axis: T
 
 
 class StateAxes(Rules):
