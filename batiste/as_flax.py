@@ -178,8 +178,8 @@ def main() -> None:
 def _program(path: str) -> tuple[CodeType, dict[str, Any]]:
     """The code of a file, or of a directory or archive with a `__main__`; and the names that it starts with."""
     if os.path.isdir(path) or zipfile.is_zipfile(path):
-        sys.path[: not sys.flags.safe_path] = [path]
-        return _code(PathFinder.find_spec("__main__", [path]), path, package="")
+        sys.path[: not sys.flags.safe_path] = [os.path.abspath(path)]
+        return _code(PathFinder.find_spec("__main__", sys.path[:1]), path, package="")
     file = os.path.abspath(path)
     try:
         with io.open_code(file) as stream:
@@ -199,7 +199,7 @@ def _module(name: str) -> tuple[CodeType, dict[str, Any]]:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = find_spec(f"{name}.__main__")
     except ModuleNotFoundError as error:
-        _stop(1, f"{sys.executable}: Error while finding module specification for {name!r} ({error})")
+        _stop(1, f"{sys.executable}: Error while finding module specification for {name!r} ({type(error).__name__}: {error})")
     code, settings = _code(spec, name, package=spec.parent if spec else "")
     sys.argv[0] = settings["__file__"]
     return code, settings
