@@ -199,7 +199,8 @@ def _module(name: str) -> tuple[CodeType, dict[str, Any]]:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = find_spec(f"{name}.__main__")
     except ModuleNotFoundError as error:
-        _stop(1, f"{sys.executable}: Error while finding module specification for {name!r} ({type(error).__name__}: {error})")
+        problem = f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
+        _stop(1, f"{sys.executable}: {problem}")
     code, settings = _code(spec, name, package=spec.parent if spec else "")
     sys.argv[0] = settings["__file__"]
     return code, settings
