@@ -73,7 +73,7 @@ _MODULES = {
     "spmd": "batiste.nnx.spmd", "statelib": "batiste.nnx.statelib", "summary": "batiste.nnx.summary",
     "tracers": "batiste.nnx.tracers", "training": "batiste.nnx.training", "transforms": "batiste.nnx.transforms",
     "traversals": "batiste.nnx.traversals", "variablelib": "batiste.nnx.variablelib",
-    "visualization": "batiste.nnx.visualization",
+    "visualization": "batiste.nnx.visualization", "wrappers": "batiste.nnx.bridge.wrappers",
 }  # fmt: skip
 
 

@@ -166,6 +166,7 @@ from batiste.nn import standardize as standardize
 from batiste.nn import swish as swish
 from batiste.nn import tanh as tanh
 from batiste.nn.initializers import Initializer as Initializer
+from batiste.nnx import bridge as bridge
 from batiste.nnx import compat as compat
 from batiste.nnx import extract as extract
 from batiste.nnx import filterlib as filterlib
@@ -185,6 +186,7 @@ from batiste.nnx import transforms as transforms
 from batiste.nnx import traversals as traversals
 from batiste.nnx import variablelib as variablelib
 from batiste.nnx import visualization as visualization
+from batiste.nnx.bridge import wrappers as wrappers
 from batiste.nnx.views import capture as capture
 from batiste.nnx.views import view as view
 from batiste.nnx.views import view_info as view_info

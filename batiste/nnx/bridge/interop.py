@@ -20,8 +20,8 @@ M = TypeVar("M", bound=Module)
 def nnx_in_bridge_mdl(factory: Callable[[Rngs], M], name: str | None = None) -> M:
     """The object that `factory(rngs)` makes, as a part of the bridge module that is running.
 
-    In a compact method it gets a name, made up from its class where `name` is None; in `setup` it gets that of the
-    attribute it is assigned to.
+    In a compact method it becomes the attribute `name`, made up from its class where that is None; in `setup` it
+    becomes the attribute it is assigned to.
 
     Raises:
         ArgumentError: no bridge module is running.
@@ -30,9 +30,8 @@ def nnx_in_bridge_mdl(factory: Callable[[Rngs], M], name: str | None = None) -> 
     scope = around.module.scope
     if around.module.is_initializing():
         return _placed(around, factory(scope.rngs), name)  # type: ignore[union-attr]
-    streams = {key: stream for key, stream in scope.rngs.items()}  # type: ignore[union-attr]
     rngs = Rngs(0)  # for what is drawn only to be replaced
-    for key, stream in streams.items():
+    for key, stream in scope.rngs.items():  # type: ignore[union-attr]
         setattr(rngs, key, stream)
     return _placed(around, factory(rngs), name)
 
@@ -57,9 +56,8 @@ def _around(function: str) -> bridge_module.ModuleStackEntry:
 
 
 def _placed(around: bridge_module.ModuleStackEntry, node: Any, name: str | None, kind: type | None = None) -> Any:
-    if around.in_compact and not isinstance(node, bridge_module.Module):  # which find a place by themselves
+    if around.in_compact and not isinstance(node, bridge_module.Module):  # those find their place by themselves
         name = bridge_module._auto_submodule_name(around, kind or type(node)) if name is None else name
-    if name is not None:
         around.module.set_attr_priority(name, bridge_module.AttrPriority.INIT_PARENT)
         setattr(around.module, name, node)
     return node

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeGuard, TypeVar, dataclass_transform
 import jax
 
 from batiste.core.frozen_dict import FrozenDict
-from batiste.graph import Pytree, RngState, Rngs, State, Variable, clone, variable_type_from_name
+from batiste.graph import Pytree, Rngs, RngState, State, Variable, clone, variable_type_from_name
 from batiste.graph import module as graph_module
 from batiste.graph.errors import ArgumentError
 from batiste.graph.pytree import PytreeMeta, data, has_data, register_data_type, sorted_names
@@ -82,7 +82,7 @@ class _Running:
     def __enter__(self) -> None:
         MODULE_CONTEXT.module_stack.append(self.entry)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         MODULE_CONTEXT.module_stack.pop()
 
 
@@ -160,7 +160,7 @@ class ModuleBase:
 
 
 class ModuleMeta(PytreeMeta):
-    """Gives a module that is made in a compact method its name, and binds it."""
+    """Makes a module a part of the one that is running: by its `name`, or in a compact method by a made-up one."""
 
     def __call__(cls: Any, *args: Any, **kwargs: Any) -> Any:
         name, free = kwargs.get("name"), "parent" in kwargs
@@ -172,7 +172,7 @@ class ModuleMeta(PytreeMeta):
             *args, **{k: v for k, v in kwargs.items() if k in known or k not in ("name", "parent")}
         )
         around = current_context()
-        if around is not None and around.in_compact and not free:
+        if around is not None and not free and (around.in_compact or name is not None):
             name = _auto_submodule_name(around, type(module)) if name is None else name
             around.module.set_attr_priority(name, AttrPriority.INIT_PARENT)
             setattr(around.module, name, module)
@@ -213,9 +213,9 @@ class Module(graph_module.Module, ModuleBase, metaclass=ModuleMeta):
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(repr=False, eq=False)(cls)
         for name, value in list(vars(cls).items()):
-            if inspect.isfunction(value) and not hasattr(value, "_bridge_pushed"):
-                if name == "__call__" or not name.startswith("__"):
-                    setattr(cls, name, _pushed(value))
+            public = name == "__call__" or not name.startswith("__")
+            if public and inspect.isfunction(value) and not hasattr(value, "_bridge_pushed"):
+                setattr(cls, name, _pushed(value))
 
     def _setattr(self, name: str, value: Any) -> None:
         old = vars(self).get(name)
@@ -404,8 +404,9 @@ def _modules_in(value: Any) -> Iterator[Module]:
 
 
 def _maybe_call_setup(module: Module) -> None:
-    if has_setup(module):
-        entry = ModuleStackEntry(module, False)
-        entry.in_setup = True
-        with _Running(entry):
-            inspect.unwrap(_get_unbound_fn(module.setup))(module)
+    if not has_setup(module):
+        return
+    entry = ModuleStackEntry(module, False)  # type: ignore[arg-type]
+    entry.in_setup = True
+    with _Running(entry):
+        inspect.unwrap(_get_unbound_fn(module.setup))(module)

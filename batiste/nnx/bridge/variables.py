@@ -127,8 +127,8 @@ def to_nnx_var(col: str, x: Any) -> Variable:
     if not hasattr(x, "to_nnx_metadata"):
         raise ArgumentError("a box becomes a Variable by its to_nnx_metadata()", at=col, got=type(x).__name__,
                             fix="define to_nnx_metadata and from_nnx_metadata in the class of the box")  # fmt: skip
-    metadata = dict(x.to_nnx_metadata())
-    return kind(metadata.pop("value"), **metadata, **{BOX_TYPE: type(x)})
+    metadata: dict[str, Any] = {**x.to_nnx_metadata(), BOX_TYPE: type(x)}  # type: ignore[attr-defined]
+    return kind(metadata.pop("value"), **metadata)
 
 
 # ---------------------------------------------------------------- trees of them
@@ -155,7 +155,7 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put_below(attributes: dict, col: str, tree: Mapping[Any, Any], path: tuple) -> None:
-    for key in tree:
+    for key in sorted(tree, key=str):
         value, here = tree[key], (*path, key)
         if isinstance(value, Mapping):
             below = attributes.setdefault(key, {})
@@ -175,7 +175,9 @@ def _met_twice(path: tuple, first: Any, second: Any) -> StructureError:
     )  # fmt: skip
 
 
-def nnx_attrs_to_linen_vars(nnx_attrs: Mapping[Any, Any], metadata_fn: Callable[[Variable], Any] = to_linen_var) -> dict:
+def nnx_attrs_to_linen_vars(
+    nnx_attrs: Mapping[Any, Any], metadata_fn: Callable[[Variable], Any] = to_linen_var
+) -> dict:
     """`{collection: {scope: {name: value}}}` from nested mappings of Variables: the inverse of the above.
 
     Args:

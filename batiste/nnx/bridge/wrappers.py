@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ToNNX`: a Linen module as an object; `ToLinen`: an object as a Linen module; `functional`: an object without state.
 
-    ToNNX     variables -> attributes of the object; a call applies the module to them and writes back what it changed
-    ToLinen   an object is built anew in every call, takes the scope's variables, runs, and hands its State back
+ToNNX     variables -> attributes of the object; a call applies the module to them and writes back what it changed
+ToLinen   an object is built anew in every call, takes the scope's variables, runs, and hands its State back
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 
 from batiste import linen
 from batiste.core.frozen_dict import FrozenDict
-from batiste.graph import GraphDef, Not, Pytree, RngState, Rngs, State, Variable, iter_graph, merge, split, state
+from batiste.graph import GraphDef, Not, Pytree, Rngs, RngState, State, Variable, iter_graph, split, state
 from batiste.graph.errors import ArgumentError, CallError, StructureError
 from batiste.graph.module import Module
 from batiste.graph.pytree import data
@@ -163,8 +163,14 @@ class ToNNX(Module):
                 return functools.partial(self.__call__, method=method)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
-    def __call__(self, *args: Any, rngs: Rngs | jax.Array | Mapping[str, jax.Array] | None = None,
-                 method: Callable[..., Any] | str | None = None, mutable: Any = None, **kwargs: Any) -> Any:  # fmt: skip
+    def __call__(
+        self,
+        *args: Any,
+        rngs: Rngs | jax.Array | Mapping[str, jax.Array] | None = None,
+        method: Callable[..., Any] | str | None = None,
+        mutable: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """The result of a method of the Linen module.
 
         Args:
@@ -194,7 +200,7 @@ class ToNNX(Module):
 
 def _keys(rngs: Any) -> Mapping[str, jax.Array]:
     """A key from each stream; `default` stands for `params` where there is none."""
-    if rngs is None or isinstance(rngs, Mapping) and not isinstance(rngs, Rngs):
+    if rngs is None or (isinstance(rngs, Mapping) and not isinstance(rngs, Rngs)):
         return rngs or {}
     if isinstance(rngs, jax.Array):
         return {"params": rngs}
@@ -221,7 +227,7 @@ def _without_objects(tree: Mapping[Any, Any], names: Iterable[str] = ()) -> dict
 
 
 def _state_of(node: Pytree) -> Mapping[Any, Any]:
-    return state(node, Not(RngState))
+    return state(node, Not(RngState))  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------- objects as Linen modules
@@ -322,15 +328,22 @@ class ToLinen(linen.Module):
                     self.put_variable(col, name, value)
 
 
-def to_linen(nnx_class: Callable[..., Module], *args: Any, metadata_fn: Callable[[Variable], Any] | None = to_linen_var,
-             name: str | None = None, skip_rng: bool = False, abstract_init: bool = True, **kwargs: Any) -> ToLinen:  # fmt: skip
+def to_linen(
+    nnx_class: Callable[..., Module],
+    *args: Any,
+    metadata_fn: Callable[[Variable], Any] | None = to_linen_var,
+    name: str | None = None,
+    skip_rng: bool = False,
+    abstract_init: bool = True,
+    **kwargs: Any,
+) -> ToLinen:
     """The Linen module of `nnx_class(*args, **kwargs)`; see `ToLinen`.
 
     Args:
         abstract_init: has no effect; building the object costs nothing under `jax.jit`.
     """
     del abstract_init
-    return ToLinen(nnx_class, args, FrozenDict(kwargs), skip_rng, metadata_fn, name=name)
+    return ToLinen(nnx_class, args, FrozenDict(kwargs), skip_rng, metadata_fn, name=name)  # type: ignore[call-arg]
 
 
 def to_linen_class(base_nnx_class: type[M], base_metadata_fn: Callable[[Variable], Any] | None = to_linen_var,
