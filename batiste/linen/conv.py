@@ -14,8 +14,8 @@ from batiste import nn
 from batiste.nn.conv import PaddingLike, PerDim
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple, default_bias_init, default_kernel_init
-from batiste.precision import promote_dtype
 
+from .dtypes import promote_dtype
 from .lazy import Lazy, replaced
 from .module import compact
 

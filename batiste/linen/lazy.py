@@ -11,16 +11,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 
 from batiste.errors import ModifyScopeVariableError
-from batiste.graph import Intermediate, Pytree
+from batiste.graph import Pytree
 from batiste.graph import Variable as Cell
 from batiste.graph.birth import Recipe, describing
 
+from .dtypes import of_tuple
 from .module import Module, nowrap
 from .scope import Scope, unboxed
 
@@ -112,12 +113,24 @@ def _born(scope: Scope, col: str, name: str, recipe: Recipe, shape: tuple[int, .
     return unboxed(made)
 
 
-def instantiate(described: Any, scope: Scope, shapes: Mapping[str, tuple[int, ...]], loans: list[Loan]) -> Any:
-    """A copy of the layer with the scope's values; parts of the layer find theirs in scopes of their names."""
+def instantiate(
+    described: Any,
+    scope: Scope,
+    shapes: Mapping[str, tuple[int, ...]],
+    loans: list[Loan],
+    parts: Mapping[str, Any] = {},
+) -> Any:
+    """A copy of the layer with the scope's values; parts of the layer find theirs in scopes of their names.
+
+    Args:
+        parts: what stands in the place of parts of the layer.
+    """
     layer = described.__copy__()
     attributes = vars(layer)
     for name, value in vars(described).items():
-        if isinstance(value, Cell) and isinstance(value.get_raw_value(), Recipe):
+        if name in parts:
+            attributes[name] = parts[name]
+        elif isinstance(value, Cell) and isinstance(value.get_raw_value(), Recipe):
             loan = Loan(scope, name, value, shapes.get(name))
             loans.append(loan)
             attributes[name] = loan.cell
@@ -130,6 +143,11 @@ def replaced(given: Any, cls: Any, default: Any) -> Any:
     """The function that multiplies: made by `cls`, or given, or the layer's own."""
     made = cls() if cls is not None else given
     return default if made is None else made
+
+
+def _part(module: Any) -> Callable[..., Any]:
+    """A module as a part of an object layer, which may ask for a sharding that this face gives by other means."""
+    return lambda *args, out_sharding=None, **kwargs: module(*args, **kwargs)
 
 
 class Lazy(Module):
@@ -147,24 +165,24 @@ class Lazy(Module):
         """The arguments of the layer's constructor: fields of the same name, and `sizes`."""
         known = parameters(self._of)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in known}  # type: ignore[arg-type]
+        if "promote_dtype" in fields:
+            fields["promote_dtype"] = of_tuple(fields["promote_dtype"])
         return {**fields, **sizes}
 
     @nowrap
-    def run(self, settings: Mapping[str, Any], *args: Any, method: str = "__call__",
+    def run(self, settings: Mapping[str, Any], *args: Any, method: str = "__call__", parts: Mapping[str, Any] = {},
             shapes: Mapping[str, tuple[int, ...]] = {}, **kwargs: Any) -> Any:  # fmt: skip
         """The result of a method of the layer.
 
         Args:
             settings: of the layer's constructor.
             shapes: of the variables whose shape in the scope is another one than in the layer.
+            parts: modules, or functions, that stand in the place of parts of the layer.
         """
+        parts = {name: _part(x) if isinstance(x, Module) else x for name, x in parts.items()}
         loans: list[Loan] = []
-        layer = instantiate(describe(self._of, settings), self.scope, shapes, loans)  # type: ignore[arg-type]
+        layer = instantiate(describe(self._of, settings), self.scope, shapes, loans, parts)  # type: ignore[arg-type]
         y = getattr(layer, method)(*args, **kwargs)
         for loan in loans:
             loan.settle()
-        for name, value in vars(layer).items():  # what the layer has recorded of this call
-            if isinstance(value, Intermediate):
-                for x in value.get_raw_value():
-                    self.sow(value.collection, name, x)
         return y

@@ -15,10 +15,10 @@ from batiste.graph.errors import ArgumentError
 from batiste.nn.conv import canonicalize_padding
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple, default_bias_init, default_embed_init, default_kernel_init
-from batiste.precision import promote_dtype
 
 from .calls import merge_param
 from .conv import Conv, ConvTranspose
+from .dtypes import promote_dtype
 from .lazy import Lazy, replaced
 from .module import compact
 

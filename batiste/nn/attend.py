@@ -120,12 +120,39 @@ def dot_product_attention_weights(
     Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
     query, key = promote_dtype((query, key), dtype=dtype)
+    rate = 0.0 if deterministic else dropout_rate
+    multiply = functools.partial(_multiplied, precision=precision)
+    return weights_by(multiply, query, key, bias, mask, broadcast_dropout, dropout_rng, rate, module, is_causal)
+
+
+Multiply = Callable[[Array, Array], Array]
+
+
+def weights_by(
+    multiply: Multiply,
+    query: Array,
+    key: Array,
+    bias: Array | None,
+    mask: Array | None,
+    broadcast_dropout: bool,
+    dropout_rng: Array | None,
+    dropout_rate: float,
+    module: Any = None,
+    is_causal: bool = False,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """`dot_product_attention_weights` with products of queries and keys by `multiply`: [B…, H, T, D], [B…, K, S, D] ->
+    [B…, H, T, S]
+
+    Args:
+        dtype: of the weights; None takes that of the queries.
+    """
     check_shapes(module, query, key, key)
-    keep = _kept(module, query, key, broadcast_dropout, dropout_rng, 0.0 if deterministic else dropout_rate)
+    keep = _kept(module, query, key, broadcast_dropout, dropout_rng, dropout_rate)
     q, k = jnp.swapaxes(query, -2, -3), jnp.swapaxes(key, -2, -3)
     mask = _with_causal(with_rank(mask, q.ndim), is_causal, q, k)
-    e, total = _exponentials(q, k, with_rank(bias, q.ndim), mask, precision)
-    weights = _recorded(module, e / total, query.dtype)
+    e, total = _exponentials(q, k, with_rank(bias, q.ndim), mask, multiply)
+    weights = _recorded(module, e / total, query.dtype if dtype is None else dtype)
     return weights if keep is None else weights * keep.astype(weights.dtype)
 
 
@@ -134,7 +161,7 @@ def _attend(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
     """The formula, heads before positions: q[B…, H, T, D], k[B…, K, S, D], v[B…, K, S, D'] -> [B…, H, T, D']."""
     if _is_sharded(q, -3):  # a sharded dim of heads cannot be cut into groups
         k, v = _repeated(k, q), _repeated(v, q)
-    e, total = _exponentials(q, k, bias, mask, precision)
+    e, total = _exponentials(q, k, bias, mask, functools.partial(_multiplied, precision=precision))
     if module is not None:
         _recorded(module, e / total, q.dtype)
     if keep is not None:
@@ -144,17 +171,23 @@ def _attend(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
 
 
 def _exponentials(q: Array, k: Array, bias: Array | None, mask: Array | None,
-                  precision: lax.PrecisionLike) -> tuple[Array, Array]:  # fmt: skip
+                  multiply: Multiply) -> tuple[Array, Array]:  # fmt: skip
     """exp(logits - their maximum)[B…, H, T, S] and its sums over S; where all keys are masked the weights are equal."""
     wide = jnp.promote_types(jnp.float32, q.dtype)
     q = (q.astype(wide) * (1 / math.sqrt(q.shape[-1]))).astype(q.dtype)
-    logits = _product(_grouped(q, k), k, k.ndim - 1, wide, precision).reshape(*q.shape[:-1], k.shape[-2])
+    logits = multiply(q, k).astype(wide)
     if bias is not None:
         logits = logits + bias.astype(wide)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(-0.7 * jnp.finfo(wide).max, wide))
     e = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     return e, jnp.sum(e, axis=-1, keepdims=True)
+
+
+def _multiplied(q: Array, k: Array, precision: lax.PrecisionLike) -> Array:
+    """[B…, H, T, D], [B…, K, S, D] -> [B…, H, T, S], at least in float32"""
+    wide = jnp.promote_types(jnp.float32, q.dtype)
+    return _product(_grouped(q, k), k, k.ndim - 1, wide, precision).reshape(*q.shape[:-1], k.shape[-2])
 
 
 def _product(x: Array, y: Array, contracted: int, dtype: DTypeLike, precision: lax.PrecisionLike) -> Array:

@@ -218,9 +218,7 @@ class MultiHeadAttention(Module):
                 if jnp.ndim(inputs_q) > 1
                 else "add the missing dims",
             )
-        for inputs in (inputs_k, inputs_v):
-            check_last_dim(self, inputs, self.in_kv_features, "in_kv_features")
-
+        self._check_keys(inputs_k, inputs_v)
         q = self.query(inputs_q, out_sharding=qkv_sharding)
         k = self.key(inputs_k, out_sharding=qkv_sharding)
         v = self.value(inputs_v, out_sharding=qkv_sharding)
@@ -249,6 +247,10 @@ class MultiHeadAttention(Module):
             is_causal=is_causal,
         )
         return self.out(y, out_sharding=out_sharding)
+
+    def _check_keys(self, inputs_k: Array, inputs_v: Array) -> None:
+        for inputs in (inputs_k, inputs_v):
+            check_last_dim(self, inputs, self.in_kv_features, "in_kv_features")
 
     def _dropout_key(self, rngs: Any) -> Array:
         rngs = self.rngs if rngs is None else rngs

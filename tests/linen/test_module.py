@@ -333,9 +333,3 @@ def test_a_reserved_field_is_refused():
 
         class Named(nn.Module):
             name: int
-
-
-def test_an_einsum_that_would_be_ignored_is_refused():
-    x = jnp.ones((1, 3, 4))
-    with pytest.raises(ValueError, match="qk_attn_weights_einsum_cls"):
-        nn.MultiHeadDotProductAttention(num_heads=2, qk_attn_weights_einsum_cls=jnp.einsum).init(jax.random.key(0), x)
