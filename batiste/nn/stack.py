@@ -16,7 +16,7 @@ from batiste.graph.boundary import Mode, is_root
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.graph.restream import split_rngs
 from batiste.graph.rng import Rngs
-from batiste.sharding import PARTITION_NAME
+from batiste.sharding import PARTITION_NAME, constrain_batch
 from batiste.transforms.axes import Carry, StateAxes
 from batiste.transforms.batching import vmap
 from batiste.transforms.depth import Remat, Run, drive_of
@@ -133,6 +133,7 @@ def _through(run: Run, remat: Remat, has_aux: bool, has_each: bool, structure: A
     def layer(block, x, each, *moving):
         found, settings = iter(moving), iter(fixed)
         args, kwargs = jax.tree.unflatten(structure, [next(found if is_passed else settings) for is_passed in passed])
+        x = constrain_batch(x)  # or, in a loop, the features would be divided as the parameters of a plan are
         return block(x, *args, **kwargs, **({"each": each} if has_each else {}))
 
     in_axes = (0, Carry, 0, *(AROUND if is_object else None for is_object in roots))

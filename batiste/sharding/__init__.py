@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .collectives import Collective, collectives, count_collectives
 from .explain import Explanation, Memory, explain_sharding, memory_plan
+from .mesh import make_mesh
 from .names import (
     PARTITION_NAME,
     abstract_with_sharding,
@@ -25,7 +26,7 @@ from .names import (
     with_sharding_constraint,
 )
 from .pipeline import pipeline, pipelined
-from .plan import Plan, constrain, current_plan, make_mesh, use
+from .plan import Plan, constrain, constrain_batch, current_plan, use
 from .ready import data_parallel, fsdp, fsdp_tensor, ready_plan, tensor_parallel
 from .sequence import gather_attention, ring_attention
 
@@ -40,6 +41,7 @@ __all__ = [
     "as_abstract",
     "collectives",
     "constrain",
+    "constrain_batch",
     "count_collectives",
     "current_plan",
     "data_parallel",

@@ -19,7 +19,8 @@ from batiste.graph.errors import ArgumentError, BatisteError
 from batiste.graph.jaxcompat import key_name
 from batiste.graph.placement import put
 
-from .plan import Plan, contents, is_optimizer_state, is_value, use
+from .plan import Plan, use
+from .values import contents, is_optimizer_state, is_value
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

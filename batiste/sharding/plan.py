@@ -16,8 +16,9 @@ import contextvars
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from batiste.graph import Pytree, RngState, Variable, iter_graph
 from batiste.graph.birth import nursery
 from batiste.graph.errors import ArgumentError, BatisteError
-from batiste.graph.jaxcompat import Tracer, is_ref, key_name
+from batiste.graph.jaxcompat import Tracer, key_name
 from batiste.graph.placement import Axes, logical_axis_rules, put, spec_of
 
 from .nursery import Nursery
@@ -45,36 +46,21 @@ from .rules import (
     suits,
     to_spec,
 )
+from .values import contents, is_made, is_optimizer_state, is_value, send
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
 
+OPEN = PartitionSpec.UNCONSTRAINED
 NAMES = ("batch", "group", "length", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "expert", "layers")
 """Axis names that layers use: they mean whole, unless a plan says otherwise. Unknown ones are errors."""
-ORDER = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 
 
-def make_mesh(*, explicit: bool = False, devices: Any = None, **sizes: int) -> Mesh:
-    """A mesh with these axes, those that speak most innermost; one size may be -1, for all devices that are left.
+class Pending(NamedTuple):
+    """A Variable that has no place yet: a larger object that holds it may have a rule for its longer path."""
 
-    Args:
-        explicit: shardings become a part of the types of arrays; otherwise the compiler propagates them.
-
-    >>> make_mesh(tensor=2, data=-1).axis_names
-    ('data', 'tensor')
-
-    Raises:
-        ArgumentError: the sizes do not multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else list(devices)
-    names = sorted(sizes, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-    known = math.prod(size for size in sizes.values() if size != -1)
-    shape = [len(devices) // known if sizes[name] == -1 else sizes[name] for name in names]
-    if math.prod(shape) != len(devices):
-        raise ArgumentError(f"a mesh of {dict(zip(names, shape))} does not hold {len(devices)} devices",
-                            fix="let one size be -1, or pass devices=")  # fmt: skip
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(tuple(shape), tuple(names), axis_types=(kind,) * len(names), devices=devices)
+    variable: weakref.ref[Variable]
+    error: BatisteError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +91,9 @@ class Plan:
     strict: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "names", {**dict.fromkeys(NAMES), **self.names})
+        group = tuple(axis for axis in self.batch if axis != "expert")
+        usual = {"batch": self.batch or None, "group": group or None, "length": self.sequence or None}
+        object.__setattr__(self, "names", {**dict.fromkeys(NAMES), **usual, **self.names})
         known = set(self.mesh.axis_names)
         for what, axes in (("fill", self.fill), ("batch", self.batch), ("sequence", self.sequence),
                            *((f"names[{name!r}]", (axes,)) for name, axes in self.names.items())):  # fmt: skip
@@ -203,25 +191,29 @@ class Plan:
 
         `plan.create(model.init, key, x)` gives the variables of a model of the functional face.
         """
-        with use(self):
+        with _in_context(self):
             shardings = self.shardings(jax.eval_shape(lambda: f(*args, **kwargs)))
             return jax.jit(lambda a, k: f(*a, **k), out_shardings=shardings)(args, kwargs)
 
-    def settle(self, root: Any) -> None:
-        """Sends every Variable of an object to its place; inside a trace, constrains it to be there."""
+    def settle(self, root: Any, pending: dict[int, Pending] | None = None) -> None:
+        """Sends every Variable of an object to its place; inside a trace, constrains it to be there.
+
+        Args:
+            pending: takes the Variables without a place, which are errors otherwise.
+        """
         for path, x in list(iter_graph(root, graph=True)):
-            if not isinstance(x, Variable) or not x._can_update:
+            if not isinstance(x, Variable) or not x._can_update or not is_made(x):
                 continue
-            raw = x.get_raw_value()
-            if any(not hasattr(leaf, "dtype") for leaf in jax.tree.leaves(raw)):
-                continue  # a value that is not made, or no array
-            sharding = NamedSharding(self.mesh, self.place_of(path, x).spec)
-            if is_ref(raw):
-                x.set_raw_value(jax.new_ref(_sent(raw[...], sharding)))
-            else:
-                new = jax.tree.map(lambda leaf, sharding=sharding: _sent(leaf, sharding), raw)
-                if any(a is not b for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(new))):
-                    x.set_raw_value(new)
+            try:
+                sharding = NamedSharding(self.mesh, self.place_of(path, x).spec)
+            except BatisteError as error:
+                if pending is None:
+                    raise
+                pending[id(x)] = Pending(weakref.ref(x), error)
+                continue
+            if pending:
+                pending.pop(id(x), None)
+            send(x, sharding)
 
     def keep(self, step: F) -> F:
         """The step, after which every Variable of its arguments is where the plan says.
@@ -232,7 +224,7 @@ class Plan:
 
         @functools.wraps(step)
         def kept(*args: Any, **kwargs: Any) -> Any:
-            with use(self):
+            with _in_context(self):
                 out = step(*args, **kwargs)
             for x in (*args, *kwargs.values()):
                 if isinstance(x, Pytree):
@@ -264,7 +256,8 @@ class Plan:
             entries = expanded(names, leaf.ndim, "", rule)
             each = [tuple(a for a in mesh_axes(e, self.names, self.sizes, "", rule) if a in free) for e in entries]
             check(each, leaf.shape, self.sizes, "", rule)
-            sharding = NamedSharding(mesh, to_spec(each))
+            spec = [OPEN if e is OPEN else a or None for e, a in zip(entries, each)]
+            sharding = NamedSharding(mesh, PartitionSpec(*spec))
             if len(set(mesh.axis_types)) > 1:  # inside a shard_map over some of the axes
                 return jax.lax.with_sharding_constraint(leaf, sharding)
             return put(leaf, sharding) if free else leaf
@@ -287,45 +280,6 @@ class Plan:
         return NamedSharding(self.mesh, spread(shape, self.sizes, self._spreading))
 
 
-# ---------------------------------------------------------------- what a value says of itself
-def is_value(x: Any) -> bool:
-    """Whether `x` is a Variable, or a box with axis metadata of the functional face."""
-    return isinstance(x, Variable) or hasattr(x, "unbox")
-
-
-def contents(x: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The array and the metadata of a Variable or a box; of anything else, itself and nothing."""
-    if isinstance(x, Variable):
-        raw = x.get_raw_value()
-        return raw[...] if is_ref(raw) else raw, x.get_metadata()
-    if hasattr(x, "unbox"):
-        return x.unbox(apply_constraint=False) if hasattr(x, "names") else x.unbox(), {
-            "out_sharding": getattr(x, "names", None), "sharding_rules": getattr(x, "rules", None)
-        }  # fmt: skip
-    return x, {}
-
-
-def is_optimizer_state(path: tuple, x: Any) -> bool:
-    """Whether this is state of an optimizer, of either face."""
-    return "opt_state" in path or any(cls.__name__ == "OptState" for cls in type(x).__mro__)
-
-
-@functools.cache
-def _resharding(sharding: NamedSharding) -> Callable[[Any], Any]:
-    return jax.jit(lambda x: x, out_shardings=sharding)
-
-
-def _sent(x: Any, sharding: NamedSharding) -> Any:
-    """`x` in this place: moved by a compiled program where it is spread already, so that no device holds it whole."""
-    if isinstance(x, Tracer) or not isinstance(x, jax.Array):
-        return put(x, sharding)
-    if x.sharding.is_equivalent_to(sharding, x.ndim):
-        return x if x.sharding == sharding else jax.device_put(x, sharding)
-    if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == sharding.mesh:
-        return _resharding(sharding)(x)
-    return put(x, sharding)
-
-
 # ---------------------------------------------------------------- use
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)
 
@@ -337,15 +291,31 @@ def current_plan() -> Plan | None:
 
 @contextlib.contextmanager
 def use(plan: Plan) -> Iterator[Plan]:
-    """Inside, models are made where the plan says, `constrain` means it, and its mesh is that of `jax.set_mesh`."""
-    tokens = _plan.set(plan), nursery.set(Nursery(plan.birthplace, plan.settle))
-    rules = tuple(plan.names.items())
+    """Inside, models are made where the plan says, `constrain` means it, and its mesh is that of `jax.set_mesh`.
+
+    Raises:
+        ArgumentError, ShapeError: at the end, if the plan has no place for a parameter that was made inside.
+    """
+    pending: dict[int, Pending] = {}
+    token = nursery.set(Nursery(plan.birthplace, lambda root: plan.settle(root, pending)))
     try:
-        with _mesh_context(plan.mesh), logical_axis_rules(rules):
+        with _in_context(plan):
             yield plan
     finally:
-        nursery.reset(tokens[1])
-        _plan.reset(tokens[0])
+        nursery.reset(token)
+    for variable, error in pending.values():
+        if variable() is not None:
+            raise error
+
+
+@contextlib.contextmanager
+def _in_context(plan: Plan) -> Iterator[None]:
+    token = _plan.set(plan)
+    try:
+        with _mesh_context(plan.mesh), logical_axis_rules(tuple(plan.names.items())):
+            yield
+    finally:
+        _plan.reset(token)
 
 
 def _mesh_context(mesh: Mesh) -> Any:
@@ -355,6 +325,23 @@ def _mesh_context(mesh: Mesh) -> Any:
         here = jax.sharding.get_abstract_mesh()
         return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if here.empty else contextlib.nullcontext()
     return contextlib.nullcontext() if current == mesh else jax.set_mesh(mesh)
+
+
+def constrain_batch(x: A) -> A:
+    """`x` with its first dim where the batch lives by the plan in use, where that divides it; the others are left open.
+
+    Between the layers of a scan it keeps the compiler from dividing the features as the parameters are divided.
+    """
+    plan = current_plan()
+    if plan is None or not plan.batch or AxisType.Explicit in plan.mesh.axis_types:
+        return x
+    parts = math.prod(plan.sizes[axis] for axis in plan.batch)
+
+    def one(leaf: Any) -> Any:
+        fits_batch = isinstance(leaf, Tracer) and leaf.ndim > 0 and leaf.shape[0] % parts == 0
+        return plan.constrain(leaf, (plan.batch, *[OPEN] * (leaf.ndim - 1))) if fits_batch else leaf
+
+    return jax.tree.map(one, x)
 
 
 def constrain(x: A, names: tuple) -> A:

@@ -26,7 +26,8 @@ from jax.sharding import Mesh
 from batiste.graph.errors import ArgumentError
 from batiste.graph.placement import Axes
 
-from .plan import ORDER, Plan, make_mesh
+from .mesh import ORDER, make_mesh
+from .plan import Plan
 from .rules import PathRules
 
 COLUMN = "{up,gate,wi,wi_0,wi_1,w1,w3,fc1,fc_in,c_fc,linear1,up_proj,gate_proj,gate_up}"
@@ -70,10 +71,9 @@ def meanings(mesh: Mesh) -> dict[str, Axes]:
 
     batch = tuple(axis for axis in ("data", "fsdp", "expert") if axis in mesh.axis_names)
     tensor = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab"), on("tensor"))
-    group = tuple(axis for axis in batch if axis != "expert") or None
     rows = on("fsdp") if "tensor" in mesh.axis_names else None
-    return {"batch": batch or None, "length": on("sequence"), "expert": on("expert"), "layers": on("pipeline"),
-            "group": group, "rows": rows, **tensor}  # fmt: skip
+    return {"batch": batch or None, "expert": on("expert"), "layers": on("pipeline"),
+            "rows": rows, **tensor}  # fmt: skip
 
 
 def ready_plan(mesh: Mesh | None = None, *, rules: PathRules = (), names: dict[str, Axes] | None = None,
