@@ -113,37 +113,27 @@ class RNN(Module):
         if isinstance(self.cell, Cell):  # here, where the model is known, and not in the loop
             self.cell.check(initial_carry, jax.ShapeDtypeStruct(step_shape, inputs.dtype))
 
-        if reverse and seq_lengths is not None:
-            inputs = flip_sequences(inputs, seq_lengths, num_batch_dims, time_major)
-        backwards = reverse and seq_lengths is None
-        lengths = seq_lengths if return_carry else None
-        carry, outputs = self._run(initial_carry, inputs, lengths, time_axis, backwards)
-        if reverse and keep_order == (seq_lengths is not None):  # a loop that runs backwards keeps the order by itself
-            outputs = jax.tree.map(lambda y: flip_sequences(y, seq_lengths, num_batch_dims, time_major), outputs)
-        return (carry, outputs) if return_carry else outputs
+        def loop(carry: Any, inputs: Any, last: Array | None, backwards: bool) -> tuple[Any, Any]:
+            axes, only = self.state_axes, self.broadcast_rngs
+            if only is not None:
+                axes = StateAxes([(All(RngState, only), None), *zip(axes.filters, axes.labels)])
+            run = scan(one_step, in_axes=(axes, Carry, time_axis, None if last is None else 0),
+                       out_axes=(Carry, time_axis), unroll=self.unroll, reverse=backwards, graph=True,
+                       graph_updates=True)  # fmt: skip
+            with split_rngs(self.cell, splits=1, only=only, squeeze=True, graph=True, graph_updates=True):
+                return run(self.cell, carry, inputs, last)
 
-    def _run(self, carry: Any, inputs: Array, lengths: Lengths, time_axis: int, reverse: bool) -> tuple[Any, Any]:
-        """The loop: the carry after the last step that counts, and the outputs of all steps."""
-        last = None
-        if lengths is not None:
-            steps = jnp.arange(inputs.shape[time_axis]).reshape(-1, *(1,) * lengths.ndim)
-            last = steps == lengths[None] - 1
-
-        def step(cell: Any, state: tuple[Any, Any], x: Array, is_last: Array | None) -> tuple[tuple[Any, Any], Any]:
-            carry, final = state
-            carry, y = cell(carry, x)
-            if is_last is not None:
-                final = jax.tree.map(lambda new, old: jnp.where(_expanded(is_last, new.ndim), new, old), carry, final)
-            return (carry, final), y
-
-        axes, only = self.state_axes, self.broadcast_rngs
-        if only is not None:
-            axes = StateAxes([(All(RngState, only), None), *zip(axes.filters, axes.labels)])
-        loop = scan(step, in_axes=(axes, Carry, time_axis, None if last is None else 0), out_axes=(Carry, time_axis),
-                    unroll=self.unroll, reverse=reverse, graph=True, graph_updates=True)  # fmt: skip
-        with split_rngs(self.cell, splits=1, only=only, squeeze=True, graph=True, graph_updates=True):
-            (carry, final), outputs = loop(self.cell, (carry, None if last is None else carry), inputs, last)
-        return (carry if last is None else final), outputs
+        return over_time(
+            loop,
+            inputs,
+            initial_carry,
+            seq_lengths,
+            num_batch_dims=num_batch_dims,
+            time_major=time_major,
+            return_carry=return_carry,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
 
     def _checked(self, seq_lengths: Any, batch: tuple[int, ...]) -> Lengths:
         if seq_lengths is None:
@@ -237,6 +227,50 @@ class Bidirectional(Module):
 
 
 # ---------------------------------------------------------------- parts
+State = tuple[Any, Any]
+Loop = Callable[[State, Any, Lengths, bool], tuple[State, Any]]
+
+
+def over_time(
+    loop: Loop,
+    inputs: Array,
+    initial_carry: Any,
+    seq_lengths: Lengths,
+    *,
+    num_batch_dims: int,
+    time_major: bool,
+    return_carry: bool,
+    reverse: bool,
+    keep_order: bool,
+) -> Any:
+    """What is done around a loop over time: sequences of various lengths, and the order of what goes in and out.
+
+    Args:
+        loop: `loop((carry, final carry), inputs, last, backwards)` runs `one_step` along the time axis; `last`, of shape
+            [T, B…], says which step is the last of a sequence.
+    """
+    time_axis = 0 if time_major else num_batch_dims
+    if reverse and seq_lengths is not None:
+        inputs = flip_sequences(inputs, seq_lengths, num_batch_dims, time_major)
+    last = None
+    if return_carry and seq_lengths is not None:
+        last = jnp.arange(inputs.shape[time_axis]).reshape(-1, *(1,) * seq_lengths.ndim) == seq_lengths[None] - 1
+    state = (initial_carry, None if last is None else initial_carry)
+    (carry, final), outputs = loop(state, inputs, last, reverse and seq_lengths is None)
+    if reverse and keep_order == (seq_lengths is not None):  # a loop that runs backwards keeps the order by itself
+        outputs = jax.tree.map(lambda y: flip_sequences(y, seq_lengths, num_batch_dims, time_major), outputs)
+    return (carry if last is None else final, outputs) if return_carry else outputs
+
+
+def one_step(cell: Any, state: State, x: Any, is_last: Array | None) -> tuple[State, Any]:
+    """One step of the loop; the final carry is the one after the step that is the last."""
+    carry, final = state
+    carry, y = cell(carry, x)
+    if is_last is not None:
+        final = jax.tree.map(lambda new, old: jnp.where(_expanded(is_last, new.ndim), new, old), carry, final)
+    return (carry, final), y
+
+
 def flip_sequences(inputs: Array, seq_lengths: Array | None, num_batch_dims: int, time_major: bool) -> Array:
     """The sequences in `inputs` backwards, each in its first `seq_lengths[b]` places.
 

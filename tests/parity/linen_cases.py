@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
@@ -79,6 +80,32 @@ def statistics(lib: Any) -> Any:
     return Model()
 
 
+def one_step(cell: Any, x: Any) -> Any:
+    """Carry and output of one step, from a carry that the cell draws, as one array."""
+    carry = cell.initialize_carry(jax.random.key(3), x.shape)
+    return jnp.concatenate([y.reshape(-1) for y in jax.tree.leaves(cell(carry, x))])
+
+
+def all_of(layer: Any, x: Any, **options: Any) -> Any:
+    return jnp.concatenate([y.reshape(-1) for y in jax.tree.leaves(layer(x, **options))])
+
+
+def cell(name: str, kind: str, **options: Any) -> Case:
+    settings = {"carry_init": bias_init, **options}
+    return Case(name, lambda nn: getattr(nn, kind)(4, **settings), X, call=one_step)
+
+
+def rnn(name: str, kind: str, call: dict[str, Any] | None = None, **options: Any) -> Case:
+    return Case(name, lambda nn: nn.RNN(getattr(nn, kind)(4, carry_init=bias_init), **options), X_BTD,
+                call=lambda layer, x: all_of(layer, x, **(call or {})), tolerance=1e-4)  # fmt: skip
+
+
+def bidirectional(lib: Any) -> Any:
+    return lib.Bidirectional(lib.RNN(lib.GRUCell(4)), lib.RNN(lib.LSTMCell(3)), return_carry=True)
+
+
+LENGTHS = jnp.array([2, 5])
+
 CASES = [
     Case("dense", lambda nn: nn.Dense(4), X),
     Case("dense-bias", lambda nn: nn.Dense(4, bias_init=bias_init), X_BTD),
@@ -120,6 +147,21 @@ CASES = [
          call=lambda layer, x: layer(x, sow_weights=True)),
     Case("attention-decoding", lambda nn: nn.MultiHeadAttention(2, decode=True), (normal(2, 1, 8),), tolerance=1e-4),
     Case("self-attention", lambda nn: nn.SelfAttention(2), X_BTD, tolerance=1e-4),
+    cell("lstm", "LSTMCell", bias_init=bias_init),
+    cell("lstm-optimized", "OptimizedLSTMCell", bias_init=bias_init),
+    cell("simple-cell", "SimpleCell", bias_init=bias_init),
+    cell("simple-cell-residual", "SimpleCell", residual=True),
+    cell("gru", "GRUCell", bias_init=bias_init),
+    cell("mgu", "MGUCell", activation_bias_init=bias_init),
+    cell("mgu-no-reset", "MGUCell", reset_gate=False),
+    Case("conv-lstm", lambda nn: nn.ConvLSTMCell(3, (3, 3), carry_init=bias_init), IMAGE, call=one_step),
+    rnn("rnn", "OptimizedLSTMCell"),
+    rnn("rnn-carry", "LSTMCell", return_carry=True),
+    rnn("rnn-lengths", "GRUCell", {"seq_lengths": LENGTHS, "return_carry": True}),
+    rnn("rnn-reverse", "GRUCell", reverse=True),
+    rnn("rnn-reverse-lengths", "SimpleCell", {"seq_lengths": LENGTHS}, reverse=True, keep_order=True),
+    rnn("rnn-time-major", "GRUCell", time_major=True, unroll=2),
+    Case("bidirectional", bidirectional, X_BTD, call=all_of, tolerance=1e-4),
     Case("sequential", lambda nn: nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), X),
     Case("mlp", mlp, X),
     Case("setup", with_setup, X_BTD),
