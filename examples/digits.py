@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from batiste import nnx
+from batiste.serialization import from_bytes, to_bytes
 from digits_data import Dataset, batches, in_chunks, load
 from digits_report import Report, options
 
@@ -30,6 +34,23 @@ class Net(nnx.Module):
         x = nnx.max_pool(nnx.relu(self.norm2(self.conv2(x))), (2, 2), strides=(2, 2))  # size / 4
         x = nnx.relu(self.hidden(x.reshape(*x.shape[:-3], -1)))
         return self.out(self.dropout(x))
+
+
+def variables(model: Net) -> dict[str, Any]:
+    """The parameters and statistics as nested dicts, which are those of the functional face."""
+    kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+    return {name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in kinds.items()}
+
+
+def save(model: Net, path: Path) -> None:
+    """Writes a checkpoint."""
+    path.write_bytes(to_bytes(variables(model)))
+
+
+def restore(model: Net, path: Path) -> None:
+    """Puts the variables of a checkpoint, of whichever face, into the model."""
+    for state in from_bytes(variables(model), path.read_bytes()).values():
+        nnx.update(model, state)
 
 
 def loss_fn(model: Net, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +90,8 @@ def main() -> int:
     report = Report(data, args)
 
     model = Net(data.size, len(data.classes), rngs=nnx.Rngs(args.seed))
+    if args.load:
+        restore(model, args.load)
     steps = report.epochs * report.per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=steps // 10, decay_steps=steps)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule, weight_decay=1e-3), wrt=nnx.Param)
@@ -86,6 +109,8 @@ def main() -> int:
             report.epoch(**figures(metrics), test_loss=test_loss, predicted=predicted)
             metrics.reset()
 
+    if args.save:
+        save(model, args.save)
     parameters = sum(value.size for value in jax.tree.leaves(nnx.state(model, nnx.Param)))
     return report.finish(predicted, parameters)
 

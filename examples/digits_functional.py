@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from batiste import nnx
-from digits import Net, loss_fn
+from digits import Net, loss_fn, restore, save
 from digits_data import batches, in_chunks, load
 from digits_report import Report, options
 
@@ -29,7 +29,10 @@ def main() -> int:
     data = load(args.data)
     report = Report(data, args)
 
-    graphdef, params, rest = nnx.split(Net(data.size, len(data.classes), rngs=nnx.Rngs(args.seed)), nnx.Param, ...)
+    model = Net(data.size, len(data.classes), rngs=nnx.Rngs(args.seed))
+    if args.load:
+        restore(model, args.load)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     steps = report.epochs * report.per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=steps // 10, decay_steps=steps)
     optimizer = optax.adamw(schedule, weight_decay=1e-3)
@@ -72,6 +75,8 @@ def main() -> int:
             loss, accuracy = np.mean(figures, axis=0)
             report.epoch(loss, accuracy, test_loss, predicted)
 
+    if args.save:
+        save(nnx.merge(graphdef, now.params, now.rest), args.save)
     parameters = sum(value.size for value in jax.tree.leaves(now.params))
     return report.finish(predicted, parameters)
 

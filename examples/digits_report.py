@@ -26,6 +26,10 @@ console = Console()
 
 NEXT = (
     ("make demo DATA=fashion-mnist", "the same network on 70,000 pictures of clothes"),
+    (
+        ".venv/bin/python examples/digits_linen.py",
+        "the same network and checkpoint in the functional face",
+    ),
     (".venv/bin/python examples/digits_functional.py", "the same program as plain jax.jit over split and merge"),
     ("make bench", "what a jitted step over live objects costs, beside other libraries"),
     ("make demo ARGS='--epochs 5 --seed 1'", "other options; --help lists them. The network is examples/digits.py"),
@@ -34,13 +38,15 @@ NEXT = (
 
 
 def options(description: str) -> argparse.Namespace:
-    """The command line of both programs."""
+    """The command line of the programs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits", help="what to train on")
     parser.add_argument("--epochs", type=positive, help="passes over the data (digits: 30, fashion-mnist: 2)")
     parser.add_argument("--batch", type=positive, default=64, help="images per step (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the shifts (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the pictures")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained variables to this checkpoint")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="start from this checkpoint")
     parser.add_argument("--require", type=float, default=0.0, help="fail below this held-out accuracy, such as 0.98")
     return parser.parse_args()
 

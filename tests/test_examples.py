@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 
+from batiste import nnx
+
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("digits.py", "digits_functional.py")
+PROGRAMS = ("digits.py", "digits_functional.py", "digits_linen.py")
 PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if "```python" in page.read_text()]
 
 
@@ -26,9 +29,14 @@ def run(program: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.CompletedProcess[str], Path]]:
-    """Both programs after one epoch; no network is perfect by then."""
+    """All programs after one epoch; no network is perfect by then. The last one goes on where the first one stopped."""
     folders = {program: tmp_path_factory.mktemp("out") for program in PROGRAMS}
-    return {p: (run(p, "--epochs", 1, "--out", out, "--require", 1.0), out) for p, out in folders.items()}
+    trained = folders["digits.py"] / "trained.msgpack"
+    extra = {"digits.py": ("--save", trained), "digits_linen.py": ("--load", trained)}
+    return {
+        program: (run(program, "--epochs", 1, "--out", out, "--require", 1.0, *extra.get(program, ())), out)
+        for program, out in folders.items()
+    }
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -43,9 +51,31 @@ def test_a_program_trains_reports_and_draws(program: str, runs: dict) -> None:
     assert "below the required 100.00%" in ended.stdout
 
 
-def test_both_styles_train_the_same_network(runs: dict) -> None:
+def test_both_styles_train_the_same_network_and_the_other_face_goes_on_from_its_checkpoint(runs: dict) -> None:
     losses = [float(re.findall(r"epoch .*loss ([\d.]+)", ended.stdout)[0]) for ended, _ in runs.values()]
     assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert losses[2] < 0.7 * losses[0]
+
+
+def test_both_faces_have_one_parameter_tree_and_read_each_others_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    objects, linen = importlib.import_module("digits"), importlib.import_module("digits_linen")
+    data = importlib.import_module("digits_data").load("digits")
+    images, path = data.test_x[:4], tmp_path / "checkpoint"
+
+    model = objects.Net(data.size, 10, rngs=nnx.Rngs(0))
+    model.eval()
+    variables = linen.first(data, seed=1)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (variables, objects.variables(model))]
+    assert shapes[0] == shapes[1]
+
+    objects.save(model, path)
+    np.testing.assert_array_equal(linen.Net(10).apply(linen.restore(variables, path), images), model(images))
+    linen.save(variables, path)
+    objects.restore(model, path)
+    np.testing.assert_array_equal(model(images), linen.Net(10).apply(variables, images))
 
 
 @pytest.mark.parametrize(
