@@ -76,6 +76,7 @@ class LiftedCall:
         )
         self.scopes, self.structure = jax.tree.flatten(scopes, is_leaf=is_scope)
         self.frames: dict[int, tuple[Frame, Frame]] = {}
+        self.steps: dict[int, tuple[str, ...]] = {}  # below the old frame: a program brings the base of its first call
         self.made: dict[int, Scope] = {}
         self.given = {id(scope) for scope in self.scopes}
         for scope in sorted(self.scopes, key=lambda scope: len(scope.steps)):  # what lies below another goes with it
@@ -99,7 +100,7 @@ class LiftedCall:
                 for (path, name), count in old.counts.items()
                 if path[: len(steps)] == steps
             }
-            self.frames[key] = old, new
+            self.frames[key], self.steps[id(new)] = (old, new), steps
         return self.frames[key][1]
 
     def _view(self, scope: Scope, frame: Frame) -> Scope:
@@ -220,7 +221,7 @@ class LiftedCall:
             self._take_over(scope, view, done)
         for old, new in self.frames.values():
             counts = new.counts if self.folded else self.counts[id(new)]
-            steps = new.base.path[len(old.base.path) :]
+            steps = self.steps[id(new)]
             old.counts.update({((*steps, *path), name): count for (path, name), count in counts.items()})
 
     def _take_over(self, scope: Scope, view: Scope, done: set[int]) -> None:
