@@ -14,7 +14,9 @@ from . import (
     linear,
     normalization,
     pooling,
+    recurrent,
     stochastic,
+    transforms,
 )
 from .activation import (
     PReLU,
@@ -61,8 +63,39 @@ from .combinators import Sequential
 from .context import disable_named_call, enable_named_call, intercept_methods, override_named_call
 from .linear import Conv, ConvTranspose, Dense, DenseGeneral, Einsum, Embed
 from .module import Module, compact, compact_name_scope, nowrap, share_scope
-from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, SpectralNorm, WeightNorm
 from .pooling import avg_pool, max_pool, min_pool, pool
+from .recurrent import (
+    RNN,
+    Bidirectional,
+    ConvLSTMCell,
+    GRUCell,
+    LSTMCell,
+    MGUCell,
+    OptimizedLSTMCell,
+    RNNCellBase,
+    SimpleCell,
+)
 from .scope import DenyList, Variable
 from .stochastic import Dropout
 from .summary import tabulate
+from .transforms import (
+    add_metadata_axis,
+    checkpoint,
+    cond,
+    custom_vjp,
+    fold_rngs,
+    grad,
+    jit,
+    jvp,
+    map_variables,
+    named_call,
+    remat,
+    remat_scan,
+    scan,
+    switch,
+    value_and_grad,
+    vjp,
+    vmap,
+    while_loop,
+)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from .parts import _State, map_modules
 from .scope import Scope, Variable
 
 Transform = Callable[..., Callable[..., Any]]
+BY_POSITION = ("vmap", "scan", "remat_scan")  # each argument has an axis, and axes go by position
 
 
 class SeveralScopesError(BatisteError, NotImplementedError):
@@ -50,51 +52,60 @@ def settings_of(module: Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in names if name not in ("parent", "name")}
 
 
+map_parts = functools.partial(map_modules, of=(Module, Variable))
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Stands for the module of this number in arguments that go through a transform."""
+    """Stands for the module or variable of this number in arguments that go through a transform."""
 
     number: int
 
 
 class Passage:
-    """The modules of one call, on their way through a transform.
+    """The modules and variables of one call, on their way through a transform.
 
     Args:
-        module: the first argument of the call; the other arguments may hold modules too.
+        module: the first argument of the call; it and the other arguments may hold more.
         kind: of the copy on the other side; by default as outside.
     """
 
     def __init__(self, module: Module, args: tuple, kwargs: Mapping[str, Any] = {}, kind: type | None = None):
         self.kind = kind or type(module)
-        self.module, self.modules = module, [module]
-        self.args, self.kwargs = map_modules(self._place, args), map_modules(self._place, dict(kwargs))
-        self.bound: list[Module] = []
-        for each in self.modules:
+        self.module = module
+        self.given: list[Module | Variable] = [module]  # the arguments among them
+        self.args, self.kwargs = map_parts(self._place, args), map_parts(self._place, dict(kwargs))
+        self.bound: list[Module | Variable] = []  # all that have a scope: those in fields come first
+        for each in self.given:
             self._find(each)
-        self.tops = _tops([m.scope for m in self.bound])  # type: ignore[misc]
-        self.reserved = [(m.scope, dict(m.scope.reserved)) for m in self.bound]  # type: ignore[union-attr]
-        self.places = tuple(self._place_of(m.scope) for m in self.bound)  # type: ignore[arg-type]
+        self.tops = _tops([x.scope for x in self.bound])  # type: ignore[misc]
+        self.places = tuple(self._place_of(x.scope) for x in self.bound)  # type: ignore[arg-type]
+        self.reserved = [(x.scope, dict(x.scope.reserved)) for x in self.bound]  # type: ignore[union-attr]
         state = module._state
         self.before = (state.in_setup, state.compact_depth, dict(state.names_made))
         self.names_made = state.names_made
+        self.arrived = False  # whether the function has run on the other side
 
-    def _place(self, module: Module, _: str = "") -> _Place:
-        for number, known in enumerate(self.modules):
-            if known is module:
+    def _place(self, x: Module | Variable, _: str = "") -> _Place:
+        for number, known in enumerate(self.given):
+            if known is x:
                 return _Place(number)
-        self.modules.append(module)
-        return _Place(len(self.modules) - 1)
+        self.given.append(x)
+        return _Place(len(self.given) - 1)
 
-    def _find(self, module: Module, _: str = "") -> Module:
-        """Notes the bound modules: those in fields come before the one that has them."""
-        if any(module is known for known in self.bound):
-            return module
-        map_modules(self._find, list(settings_of(module).values()))
-        if module.scope is not None:
-            self.bound.append(module)
-        return module
+    def _find(self, x: Module | Variable, _: str = "") -> Any:
+        if not any(x is known for known in self.bound):
+            if isinstance(x, Module):
+                map_parts(self._find, settings_of(x))
+            if x.scope is not None:
+                self.bound.append(x)
+        return x
+
+    def _place_of(self, scope: Scope) -> tuple[int, tuple[str, ...]]:
+        """The number of the scope's top, and the names below it."""
+        number = next(i for i, top in enumerate(self.tops) if _is_below(scope, top))
+        return number, scope.path[len(self.tops[number].path) :]
 
     @property
     def scopes(self) -> Any:
@@ -106,43 +117,47 @@ class Passage:
         """Copies of the modules, bound to the scopes that came out of the transform."""
         tops = (scopes,) if len(self.tops) == 1 else scopes
         inner = [_follow(tops[number], names) for number, names in self.places]
-        for scope in inner:
-            scope.rewound()
-        for scope in inner:
-            _take_name(scope, inner)
-        copies: dict[int, Module] = {}
+        self._free_names(inner)
+        copies: dict[int, Any] = {}
 
-        def copied(module: Module, _: str = "") -> Module:
-            if module.scope is None:
-                return module
-            if id(module) not in copies:
-                number = next(i for i, known in enumerate(self.bound) if known is module)
-                kind = self.kind if module is self.module else type(module)
-                settings = {name: map_modules(copied, value) for name, value in settings_of(module).items()}
-                copies[id(module)] = kind(**settings, parent=inner[number], name=module.name)
-            return copies[id(module)]
+        def copied(x: Any, _: str = "") -> Any:
+            if x.scope is None:
+                return x
+            if id(x) not in copies:
+                scope = next(scope for known, scope in zip(self.bound, inner) if known is x)
+                if isinstance(x, Variable):
+                    copies[id(x)] = Variable(scope, x.collection, x.name, x.unbox)
+                else:
+                    kind = self.kind if x is self.module else type(x)
+                    copies[id(x)] = kind(**map_parts(copied, settings_of(x)), parent=scope, name=x.name)
+            return copies[id(x)]
 
         with in_module(None):
-            modules = [copied(module) for module in self.modules]
-        object.__setattr__(modules[0], "_state", self._state_inside())
-        if len(modules) == 1:
-            return modules[0], args, dict(kwargs)
-        is_place = lambda x: isinstance(x, _Place)
-        back = lambda tree: jax.tree.map(lambda x: modules[x.number] if is_place(x) else x, tree, is_leaf=is_place)
-        return modules[0], back(args), back(dict(kwargs))
-
-    def _place_of(self, scope: Scope) -> tuple[int, tuple[str, ...]]:
-        """The number of the scope's top, and the names below it."""
-        number = next(i for i, top in enumerate(self.tops) if _is_below(scope, top))
-        return number, scope.path[len(self.tops[number].path) :]
-
-    def _state_inside(self) -> _State:
+            given = [copied(x) for x in self.given]
         in_setup, depth, names = self.before
-        return _State(in_setup=in_setup, setup_begun=in_setup, compact_depth=depth, names_made=dict(names))
+        state = _State(in_setup=in_setup, setup_begun=in_setup, compact_depth=depth, names_made=dict(names))
+        object.__setattr__(given[0], "_state", state)
+        if len(given) == 1:
+            return given[0], args, dict(kwargs)
+        is_place = lambda x: isinstance(x, _Place)
+        back = lambda tree: jax.tree.map(lambda x: given[x.number] if is_place(x) else x, tree, is_leaf=is_place)
+        return given[0], back(args), back(dict(kwargs))
+
+    def _free_names(self, inner: Sequence[Scope]) -> None:
+        """Lets the copies take names anew, but for those of parts that came along and that `setup` will not make."""
+        for scope in inner:
+            scope.rewound()
+        for module, scope in zip(self.bound, inner):
+            again = _made_in_setup(module)
+            for part in self.bound:
+                path: tuple[str, ...] = part.scope.path  # type: ignore[union-attr]
+                is_below = path and path[:-1] == scope.path and isinstance(module, Module) and isinstance(part, Module)
+                if is_below and id(part) not in again and not scope.name_reserved(path[-1]):
+                    scope.reserve(path[-1])
 
     def note(self, module: Module) -> None:
         """Remembers how many names the copy has given."""
-        self.names_made = dict(module._state.names_made)
+        self.names_made, self.arrived = dict(module._state.names_made), True
 
     # ------------------------------------------------------------ back outside
     def settle(self) -> None:
@@ -151,6 +166,15 @@ class Passage:
             scope.reserved.clear()
             scope.reserved.update(reserved)
         self.module._state.names_made = dict(self.names_made)
+
+
+def _made_in_setup(module: Any) -> set[int]:
+    """The ids of the modules in attributes that are no fields."""
+    found: set[int] = set()
+    if isinstance(module, Module):
+        rest = {name: x for name, x in vars(module).items() if name not in module.__dataclass_fields__}  # type: ignore[attr-defined]
+        map_parts(lambda part, _: found.add(id(part)), rest)
+    return found
 
 
 def _follow(scope: Scope, names: Sequence[str]) -> Scope:
@@ -174,19 +198,13 @@ def _tops(scopes: Sequence[Scope]) -> list[Scope]:
     return tops
 
 
-def _take_name(scope: Scope, others: Sequence[Scope]) -> None:
-    """Reserves the name of a scope in the one above it, where a module has that one."""
-    for other in others:
-        if scope.path and other.frame is scope.frame and other.path == scope.path[:-1]:
-            if not other.name_reserved(scope.path[-1]):
-                other.reserve(scope.path[-1])
-
-
 # ---------------------------------------------------------------- functions of modules as functions of scopes
 
 
 def as_method(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a module as one that runs as its method: it is the parent of what is made."""
+    if inspect.ismethod(fn) and isinstance(fn.__self__, Module):
+        fn = fn.__func__  # the module is passed to it
     if hasattr(fn, "wrapped"):
         return fn
     return wrapped(fn if hasattr(fn, "__name__") else _with_name(fn))
@@ -240,6 +258,11 @@ def run_lifted(name: str, transform: Transform, fns: Sequence[Callable[..., Any]
         ArgumentError: the module is not bound.
         SeveralScopesError: there may be but `one_scope`, and modules from outside of it are among the arguments.
     """
+    if kwargs and name in BY_POSITION:
+        names = ", ".join(kwargs)
+        warnings.warn(f"kwargs are not supported in {name}, so {names} is (are) ignored: pass arguments by position.",
+                      RuntimeWarning, stacklevel=4)  # fmt: skip
+        kwargs = {}
     passage = Passage(checked_module(module, name), args, kwargs, kind)
     if not passage.tops:
         raise ArgumentError(f"nn.{name} needs a module with variables", at=type(module).__name__,
@@ -269,11 +292,18 @@ def lift_target(name: str, target: Any, lifted: Callable[[Mapping[str, Any]], Li
     Raises:
         TransformTargetError: `target` is neither a class of modules nor a function.
     """
-    if inspect.isclass(target) and issubclass(target, Module):
+    if isinstance(target, functools.partial) and _is_module_class(target.func):
+        cls = lift_target(name, target.func, lifted, methods, prefix)
+        return functools.partial(cls, *target.args, **target.keywords)
+    if _is_module_class(target):
         return _lift_class(name, target, lifted, methods, name.capitalize() if prefix is None else prefix)
     if not callable(target) or isinstance(target, Module):
         raise TransformTargetError(target)
     return _through(name, target, lifted({}), None)
+
+
+def _is_module_class(target: Any) -> bool:
+    return inspect.isclass(target) and issubclass(target, Module)
 
 
 Lifted = Callable[[Callable[..., Any], Any, tuple, Mapping[str, Any], type | None], Any]
@@ -339,7 +369,8 @@ class _HashableProxy:
     """Stands for the modules of a call where a program is remembered: equal for equal types, settings and sharing.
 
     Modules with variables have no hash, and a program must not keep them alive. What counts is how they are made:
-    the type and the fields of each, and which of them are the same. Which variables they hold, the scopes tell.
+    the type and the fields of each, which of them are the same, and the names that they have given. Which variables they
+    hold, the scopes tell.
     """
 
     __slots__ = ("key", "_hash")
@@ -366,6 +397,8 @@ class _HashableProxy:
 def _key_of(value: Any, seen: dict[int, int]) -> Hashable:
     if isinstance(value, Module):
         return tuple(_key_of_module(value, seen))
+    if isinstance(value, Variable):
+        return Variable, value.collection, value.name, value.unbox
     if isinstance(value, (list, tuple)):
         return (type(value), *(_key_of(x, seen) for x in value))
     if isinstance(value, Mapping):
@@ -384,6 +417,6 @@ def _key_of_module(module: Module, seen: dict[int, int]) -> Iterator[Hashable]:
     seen[id(module)] = len(seen)
     state = module._state
     yield type(module)
-    yield module.scope is None, bool(state.compact_depth), state.in_setup
+    yield module.scope is None, state.in_setup, state.compact_depth, tuple(state.names_made.items())
     for name, value in settings_of(module).items():
         yield name, _key_of(value, seen)
