@@ -2,3 +2,4 @@
 """Objects inside trees, under Flax's name."""
 
 from batiste.graph.passing import *  # noqa: F403
+from batiste.transforms.axes import prefix  # noqa: F401

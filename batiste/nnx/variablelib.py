@@ -6,6 +6,7 @@ import typing
 
 from batiste.graph.backing import VarDefaults, VarDefaultsContext, var_defaults  # noqa: F401
 from batiste.graph.metadata import VariableMetadata  # noqa: F401
+from batiste.graph.placement import use_eager_sharding, using_eager_sharding  # noqa: F401
 from batiste.graph.variable import (  # noqa: F401
     BatchStat,
     Cache,
@@ -17,6 +18,9 @@ from batiste.graph.variable import (  # noqa: F401
     variable_name_from_type,
     variable_type_from_name,
 )
+from batiste.graph.variable import Variable as VariableState  # noqa: F401
+
+from .views import with_metadata  # noqa: F401
 
 
 def __getattr__(name: str) -> typing.Any:
