@@ -14,6 +14,7 @@ import jax
 from batiste.errors import (
     ApplyModuleInvalidMethodError,
     CallCompactUnboundModuleError,
+    CallSetupUnboundModuleError,
     IncorrectPostInitOverrideError,
     InvalidInstanceModuleError,
 )
@@ -73,8 +74,8 @@ def run_method(module: Module, fun: Callable[..., Any], args: tuple, kwargs: dic
         raise IncorrectPostInitOverrideError
     name = fun.__name__
     is_compact = hasattr(fun, "compact")
-    if is_compact and module.scope is None:
-        raise CallCompactUnboundModuleError
+    if module.scope is None and (is_compact or name == "setup"):
+        raise CallCompactUnboundModuleError if is_compact else CallSetupUnboundModuleError
     module._try_setup()
     with in_module(module), _compactly(module, fun) if is_compact else contextlib.nullcontext(), _named(module, name):
         if running.interceptors:

@@ -27,8 +27,15 @@ from batiste.errors import (
 
 from .abstract import without_values
 from .bound import Bound
-from .calls import ALL_BUT_INTERMEDIATES, apply, init, init_with_output, streams_of
-from .context import InterceptorContext, in_module, intercept_methods
+from .calls import ALL_BUT_INTERMEDIATES, apply, init, init_with_output, merge_param, streams_of
+from .context import (
+    InterceptorContext,
+    disable_named_call,
+    enable_named_call,
+    in_module,
+    intercept_methods,
+    override_named_call,
+)
 from .context import running as _context
 from .methods import compact, compact_name_scope, function_of, is_to_be_wrapped, nowrap, run_method
 from .methods import wrapped as _wrapped
@@ -37,7 +44,11 @@ from .parts import _State as _State
 from .scope import root_scope
 from .summary import NO_OPTIONS, tabulate
 
-__all__ = ["Module", "compact", "compact_name_scope", "nowrap", "share_scope", "_context"]
+__all__ = [
+    "InterceptorContext", "Module", "apply", "compact", "compact_name_scope", "disable_named_call", "enable_named_call",
+    "init", "init_with_output", "intercept_methods", "merge_param", "nowrap", "override_named_call", "share_scope",
+    "_context",
+]  # fmt: skip
 
 
 @dataclass_transform()
