@@ -124,10 +124,18 @@ class Einsum(Lazy, of=nn.Einsum):
         bias_shape = None
         if self.use_bias and "->" in equation and equation.count(",") == 1:
             operands, result = equation.split("->")
-            sizes = dict(zip(operands.split(",")[1].replace("...", ""), self.shape))
-            bias_shape = tuple(sizes[label] for label in result if label in sizes)
+            sizes = _sizes(operands.split(",")[1], tuple(self.shape))
+            bias_shape = tuple(size for label in result.replace("...", ".") for size in sizes.get(label, ()))
         settings = self.settings(einsum_str=equation, kernel_shape=tuple(self.shape), bias_shape=bias_shape)
         return self.run(settings, inputs)
+
+
+def _sizes(names: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The size of every label of the kernel, and the sizes under its ellipsis, which is written "."."""
+    before, dots, after = names.partition("...")
+    middle = len(shape) - len(after)
+    sizes = {label: (size,) for label, size in zip(before + after, (*shape[: len(before)], *shape[middle:]))}
+    return {**sizes, ".": shape[len(before) : middle]} if dots else sizes
 
 
 class Embed(Lazy, of=nn.Embed):

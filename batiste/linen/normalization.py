@@ -20,9 +20,25 @@ from batiste.nn.linear import as_tuple
 from .calls import merge_param
 from .lazy import Lazy
 from .module import compact, nowrap
+from .reparam import SpectralNorm, WeightNorm
+
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
+]
 
 Axes = int | Sequence[int]
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+
+
+def _as_they_are(arrays: tuple[Any, ...], /, **_: Any) -> tuple[Any, ...]:
+    """No casts before the moments are taken: only the result is of the layer's `dtype`."""
+    return arrays
 
 
 class _Norm(Lazy):
@@ -37,7 +53,8 @@ class _Norm(Lazy):
         size = math.prod(shape)
         names = ("scale", "bias", "mean", "var")
         shapes: dict[str, tuple[int, ...]] = {name: shape for name in names if len(shape) > 1}
-        return self.run(self.settings(num_features=size, **settings), x, *args, shapes=shapes, **kwargs)
+        settings = self.settings(num_features=size, promote_dtype=_as_they_are, **settings)
+        return self.run(settings, x, *args, shapes=shapes, **kwargs)
 
 
 class BatchNorm(_Norm, of=nn.BatchNorm):
