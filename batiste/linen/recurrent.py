@@ -278,8 +278,8 @@ class MGUCell(_Cell):
 class ConvLSTMCell(RNNCellBase):
     """i, f, o = σ(W_i· * x + W_h· * h + b·),  g = tanh(W_ig * x + W_hg * h + b_g),  c' = f c + i g,  h' = o tanh(c')
 
-    for inputs x[B…, *spatial, in], carry (c, h), each [B…, *spatial, features], and output h'; f is σ of 1 more, and `*`
-    a convolution.
+    for inputs x[B…, *spatial, in], carry (c, h), each [B…, *spatial, features], and output h'; f is σ of 1 more, and
+    `*` a convolution.
 
     Source: Shi et al. 2015, "Convolutional LSTM Network", eq. 3, without its peepholes.
     """

@@ -246,8 +246,8 @@ def over_time(
     """What is done around a loop over time: sequences of various lengths, and the order of what goes in and out.
 
     Args:
-        loop: `loop((carry, final carry), inputs, last, backwards)` runs `one_step` along the time axis; `last`, of shape
-            [T, B…], says which step is the last of a sequence.
+        loop: `loop((carry, final carry), inputs, last, backwards)` runs `one_step` along the time axis; `last`[T, B…]
+            says which step is the last of a sequence.
     """
     time_axis = 0 if time_major else num_batch_dims
     if reverse and seq_lengths is not None:

@@ -40,6 +40,27 @@ def _unit(x: Array, dims: tuple[int, ...] | None, epsilon: float) -> Array:
     return x * lax.rsqrt(jnp.sum(square, axis=dims, keepdims=True) + epsilon)
 
 
+def over_spectral_norm(value: Array, u: Array, n_steps: int, epsilon: float) -> tuple[Array, Array, Array]:
+    """W / σ, the new u and σ = v W uᵀ, for W of any dims as the matrix [product of the other dims, last dim]"""
+    matrix, v = value.reshape(-1, value.shape[-1]), None
+    for _ in range(n_steps):
+        v = _unit(u @ matrix.T, None, epsilon)
+        u = _unit(v @ matrix, None, epsilon)
+    if v is None:
+        v = _unit(u @ matrix.T, None, epsilon)
+    u, v = lax.stop_gradient(u), lax.stop_gradient(v)
+    sigma = (v @ matrix @ u.T)[0, 0]
+    return value / jnp.where(sigma == 0, 1, sigma), u, sigma
+
+
+def unit_along(value: Array, features: tuple[int, ...], scale: Array | None, epsilon: float) -> Array:
+    """scale W / ‖W‖, the norm over all dims but `features`"""
+    new = _unit(value, tuple(dim for dim in range(value.ndim) if dim not in features), epsilon)
+    if scale is None:
+        return new
+    return new * scale.reshape([size if dim in features else 1 for dim, size in enumerate(value.shape)])
+
+
 class SpectralNorm(Module):
     """y = layer(x) with every weight matrix W of it divided by σ = v W uᵀ, the estimate of its greatest singular value
 
@@ -110,20 +131,11 @@ class SpectralNorm(Module):
     def _divide(self, path: Path, param: Param, update_stats: bool) -> None:
         """Writes W / σ into a weight."""
         value = param[...]
-        matrix = value.reshape(-1, value.shape[-1])
         kept_u, kept_sigma = self.batch_stats[*path, "u"], self.batch_stats[*path, "sigma"]
-        u, v = kept_u[...], None
-        for _ in range(self.n_steps):
-            v = _unit(u @ matrix.T, None, self.epsilon)
-            u = _unit(v @ matrix, None, self.epsilon)
-        if v is None:
-            v = _unit(u @ matrix.T, None, self.epsilon)
-        u, v = lax.stop_gradient(u), lax.stop_gradient(v)
-        sigma = (v @ matrix @ u.T)[0, 0]
+        new, u, sigma = over_spectral_norm(value, kept_u[...], self.n_steps, self.epsilon)
         if update_stats:
             kept_u[...] = u.astype(kept_u.dtype)
             kept_sigma[...] = sigma.astype(kept_sigma.dtype)
-        new = value / jnp.where(sigma == 0, 1, sigma)
         param[...] = new.astype(self.dtype or new.dtype).astype(value.dtype)
 
 
@@ -189,10 +201,7 @@ class WeightNorm(Module):
         """
         for path, param in _params(self.layer_instance, self.variable_filter):
             value, features = param[...], self._features(path, param)
-            new = _unit(value, tuple(dim for dim in range(value.ndim) if dim not in features), self.epsilon)
-            if self.scales is not None:
-                scale = self.scales[path][...]
-                new = new * scale.reshape([size if dim in features else 1 for dim, size in enumerate(value.shape)])
+            new = unit_along(value, features, None if self.scales is None else self.scales[path][...], self.epsilon)
             if self.dtype is not None:
                 (new,) = self.promote_dtype((new,), dtype=self.dtype)
             param[...] = new.astype(value.dtype)

@@ -162,6 +162,13 @@ CASES = [
     rnn("rnn-reverse-lengths", "SimpleCell", {"seq_lengths": LENGTHS}, reverse=True, keep_order=True),
     rnn("rnn-time-major", "GRUCell", time_major=True, unroll=2),
     Case("bidirectional", bidirectional, X_BTD, call=all_of, tolerance=1e-4),
+    Case("spectral-norm", lambda nn: nn.SpectralNorm(nn.Dense(4), n_steps=2), X,
+         call=lambda layer, x: layer(x, update_stats=True), tolerance=1e-4),
+    Case("spectral-norm-stored", lambda nn: nn.SpectralNorm(nn.Dense(4)), X_BTD,
+         call=lambda layer, x: layer(x, update_stats=False), tolerance=1e-4),
+    Case("weight-norm", lambda nn: nn.WeightNorm(nn.Sequential([nn.Dense(4), nn.Dense(3)])), X),
+    Case("weight-norm-all", lambda nn: nn.WeightNorm(
+        nn.Dense(4, bias_init=bias_init), variable_filter=None, scale_init=bias_init, feature_axes=None), X),
     Case("sequential", lambda nn: nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), X),
     Case("mlp", mlp, X),
     Case("setup", with_setup, X_BTD),
