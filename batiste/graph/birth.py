@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 
 from .errors import RngError
+from .jaxcompat import is_staged
 from .variable import Variable
 
 V = TypeVar("V", bound=Variable)
@@ -46,6 +48,18 @@ def describing() -> Iterator[None]:
         _describing.reset(token)
 
 
+def drawn(init: Callable[..., Any], key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """init(key, shape, dtype); under `jit`, an initialiser of JAX is traced once for each shape and dtype."""
+    if is_staged(key) and getattr(init, "__module__", None) == jax.nn.initializers.zeros.__module__:
+        init = _traced_once(init)
+    return init(key, shape, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _traced_once(init: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(init, static_argnums=(1, 2), inline=True)
+
+
 def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype: Any,
          stream: Callable[[], jax.Array] | None = None, metadata: Mapping[str, Any] = {}) -> V:  # fmt: skip
     """`kind(init(key, shape, dtype), **metadata)`, the key drawn from `stream`.
@@ -69,5 +83,5 @@ def make(kind: type[V], init: Callable[..., Any], shape: tuple[int, ...], dtype:
         return kind(Recipe(init, shape, dtype, stream is not None), **metadata)
     key = None if stream is None else stream()
     place = nursery.get()
-    value = init(key, shape, dtype) if place is None else place.born(init, key, shape, dtype)
+    value = drawn(init, key, shape, dtype) if place is None else place.born(init, key, shape, dtype)
     return kind(value, **metadata)

@@ -11,6 +11,7 @@ from jax._src.core import (
     get_opaque_trace_state,  # public in jax.extend.core, which takes 20 ms to import
 )
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
+from jax._src.interpreters.partial_eval import DynamicJaxprTracer
 from jax._src.state.types import AbstractRef
 from jax._src.traceback_util import _exclude_paths as hidden_paths  # noqa: F401
 from jax._src.traceback_util import api_boundary  # noqa: F401
@@ -28,6 +29,11 @@ def is_ref(x) -> bool:
     if isinstance(x, Tracer):
         return isinstance(x.aval, AbstractRef)
     return isinstance(x, Ref)
+
+
+def is_staged(x) -> bool:
+    """Whether what is done with `x` is written into a program, and nothing computed yet: under `jit`, say."""
+    return isinstance(x, DynamicJaxprTracer)
 
 
 def one_level(x):

@@ -19,7 +19,7 @@ import jax
 from batiste.errors import ModifyScopeVariableError
 from batiste.graph import Pytree
 from batiste.graph import Variable as Cell
-from batiste.graph.birth import Recipe, describing
+from batiste.graph.birth import Recipe, describing, drawn
 
 from .dtypes import of_tuple
 from .module import Module, nowrap
@@ -105,7 +105,7 @@ def _born(scope: Scope, col: str, name: str, recipe: Recipe, shape: tuple[int, .
         return unboxed(value)
     if col == "params":
         scope.check_can_make(name)
-        made = recipe.init(scope.make_rng("params"), shape, recipe.dtype)
+        made = drawn(recipe.init, scope.make_rng("params"), shape, recipe.dtype)
         scope.put_variable(col, name, made)
     else:
         scope.variable(col, name, lambda: recipe.init(None, shape, recipe.dtype))

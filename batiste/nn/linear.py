@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from batiste.graph import Module, Param, VariableMetadata, data, make
+from batiste.graph.birth import drawn
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.precision import promote_dtype
 
@@ -245,7 +246,7 @@ def _as_matrix(init: Initializer, split: int) -> Initializer:
 
     def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         fans = (math.prod(shape[:split]), math.prod(shape[split:])) if split else (math.prod(shape),)
-        value = init(key, fans, dtype)
+        value = drawn(init, key, fans, dtype)
         if not isinstance(value, VariableMetadata):
             return value.reshape(shape)
         value.raw_value = value.raw_value.reshape(shape)

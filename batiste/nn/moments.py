@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from batiste.graph.jaxcompat import is_staged
+
 
 class Average(NamedTuple):
     """What is averaged over, and which moments are taken; static.
@@ -60,18 +62,24 @@ def _abs_square(x: Array) -> Array:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
     """y = (x - mean) / √(var + ε), with the mean and the variance, which count as constants.
+
+    Under `jit`, equal calls are traced once.
 
     Args:
         where: the entries that the moments are taken over; all of `x` is normalised.
     """
+    return (_traced_once if is_staged(x) else _normalize)(average, x, where)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
     mean, var = average.moments(x, where)
     return (x - mean) * lax.rsqrt(var + average.epsilon), mean, var
 
 
-@normalize.defjvp
+@_normalize.defjvp
 def _normalize_jvp(average: Average, primals: Any, tangents: Any) -> Any:
     """dy = u - E[u] - y Re E[y* u] with u = dx / √(var + ε)."""
     (x, where), dx = primals, tangents[0]
@@ -82,3 +90,6 @@ def _normalize_jvp(average: Average, primals: Any, tangents: Any) -> Any:
     if average.centered:
         dy = dy - average(u, where)
     return (y, mean, var), (dy, jnp.zeros_like(mean), jnp.zeros_like(var))
+
+
+_traced_once = jax.jit(_normalize, static_argnums=0, inline=True)
