@@ -11,6 +11,7 @@ from . import (
     combinators,
     dtypes,
     initializers,
+    kw_only_dataclasses,
     linear,
     normalization,
     pooling,
