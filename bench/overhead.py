@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from batiste import nnx
+from batiste import linen, nnx
+from batiste.training import train_state
 from measure import Call, Slices, machine, print_table, timed
 
 WIDTH = 4
@@ -140,6 +141,36 @@ def over_cached(count: int, donate: bool, nnx: ModuleType) -> Call:
     return lambda: step(x)
 
 
+def over_train_state(count: int, donate: bool, linen: ModuleType, train_state: ModuleType) -> Call:
+    """The step over a TrainState of the functional face; the modules are batiste's or Flax's."""
+
+    class Cell(linen.Module):
+        @linen.compact
+        def __call__(self) -> tuple[jax.Array, jax.Array]:
+            w = self.param("w", linen.initializers.ones, (WIDTH,))
+            return w, self.param("b", linen.initializers.zeros, (WIDTH,))
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return loss_of_pairs(x, [Cell()() for _ in range(count // 2)])
+
+    def state_step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda params: state.apply_fn({"params": params}, x))(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    net, x = Net(), jnp.ones(WIDTH)
+    params = jax.jit(net.init)(jax.random.key(0), x)["params"]
+    now = [train_state.TrainState.create(apply_fn=net.apply, params=params, tx=ADAM)]
+    step = jax.jit(state_step, donate_argnums=0 if donate else ())
+
+    def call() -> jax.Array:
+        now[0], loss = step(now[0], x)
+        return loss
+
+    return call
+
+
 def over_equinox(count: int, donate: bool, eqx: ModuleType) -> Call:
     class Cell(eqx.Module):
         w: jax.Array
@@ -178,6 +209,7 @@ def contenders(count: int, peers: str) -> dict[str, tuple[bool, Callable[[], Cal
 
     add("floor", by_hand)
     add("batiste nnx.jit", over_objects, nnx)
+    add("batiste linen TrainState", over_train_state, linen, train_state)
     if peers != "none":
         add("nested dict", nested_dict)
         if find_spec("equinox"):
@@ -185,8 +217,11 @@ def contenders(count: int, peers: str) -> dict[str, tuple[bool, Callable[[], Cal
 
             add("equinox filter_jit", over_equinox, equinox)
         if find_spec("flax") and (peers == "all" or count <= 100):
+            import flax.linen
+            import flax.training.train_state
             from flax import nnx as flax_nnx
 
+            add("flax linen TrainState", over_train_state, flax.linen, flax.training.train_state)
             add("flax nnx.jit", over_objects, flax_nnx)
             add("flax nnx.jit graph_updates=False", over_objects, flax_nnx, donations=(False,), graph_updates=False)
             add("flax nnx.jit graph=False", over_objects, flax_nnx, donations=(False,), graph=False)
@@ -195,7 +230,7 @@ def contenders(count: int, peers: str) -> dict[str, tuple[bool, Callable[[], Cal
 
 
 def compare(count: int, seconds: float, only: str, peers: str) -> list[dict[str, Any]]:
-    """One row per contender: its time, and the ratio to the floor that donates as it does."""
+    """One row per contender: its time, and the ratios to the floor that donates as it does and to Flax's twin."""
     chosen = {
         name: (donate, build)
         for name, (donate, build) in contenders(count, peers).items()
@@ -203,6 +238,8 @@ def compare(count: int, seconds: float, only: str, peers: str) -> list[dict[str,
     }
     calls = {name: build() for name, (_, build) in chosen.items()}
     slices = Slices(calls, seconds)
+    pairs = [(name, name.replace("batiste", "flax")) for name in chosen if name.startswith("batiste")]
+    twins = {ours: theirs for ours, theirs in pairs if theirs in chosen}
     return [
         {
             "variables": count,
@@ -211,6 +248,7 @@ def compare(count: int, seconds: float, only: str, peers: str) -> list[dict[str,
             "cpu_ratio": slices.ratio(name, FLOORS[donate]),
             "wall_us": slices.median(name, "wall") * 1e6,
             "wall_ratio": slices.ratio(name, FLOORS[donate], "wall"),
+            "flax_ratio": slices.ratio(name, twins[name]) if name in twins else None,
             "rounds": slices.rounds,
         }
         for name, (donate, _) in chosen.items()
@@ -249,10 +287,10 @@ def main() -> None:
         rows += found
         print_table(
             f"{count} parameters, {3 * count} arrays in and out; median of {found[0]['rounds']} rounds",
-            ["a jitted Adam step", "CPU us", "x floor", "wall us", "x floor"],
+            ["a jitted Adam step", "CPU us", "x floor", "wall us", "x floor", "CPU x Flax"],
             [
                 [r["contender"], f"{r['cpu_us']:,.0f}", f"{r['cpu_ratio']:.2f}", f"{r['wall_us']:,.0f}"]
-                + [f"{r['wall_ratio']:.2f}"]
+                + [f"{r['wall_ratio']:.2f}", f"{r['flax_ratio']:.2f}" if r["flax_ratio"] else ""]
                 for r in found
             ],
         )

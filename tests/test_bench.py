@@ -23,11 +23,16 @@ def test_overhead_compares_every_contender_with_its_floor() -> None:
     found = figures("overhead.py", "--sizes", 4, "--seconds", 0.1)
     ratios = {row["contender"]: row["cpu_ratio"] for row in found["steps"]}
     assert ratios["floor"] == ratios["floor, donated"] == 1
-    assert {"batiste nnx.jit", "batiste nnx.jit, donated", "nested dict", "equinox filter_jit", "flax nnx.jit"} <= set(
-        ratios
-    )
+    assert {"batiste nnx.jit, donated", "nested dict", "equinox filter_jit", "flax nnx.jit"} <= set(ratios)
+    assert {"batiste linen TrainState", "flax linen TrainState, donated"} <= set(ratios)
     assert all(ratio > 0 for ratio in ratios.values())
     assert found["changes"][0]["modules"] > 2
+
+
+def test_tracing_compares_both_faces_with_flax() -> None:
+    found = {row["what"]: row for row in figures("tracing.py", "--blocks", 1, "--seconds", 0.1)["tracing"]}
+    assert set(found) == {"linen init", "linen apply", "nnx init", "nnx apply"}
+    assert all(row["ratio"] > 0 for row in found.values())
 
 
 def test_memory_stays_flat_and_dropped_models_are_freed() -> None:
