@@ -157,6 +157,7 @@ def test_no_import_inside_a_function_but_through_need() -> None:
 IMPORTED_WHEN_USED = {
     "batiste": "its parts",
     "batiste.as_flax": "its parts, under other names",
+    "batiste.core": "its names",
     "batiste.nnx": "its names",
     "batiste.nnx.variablelib": "hijax Variables",
     "batiste.graph.variable": "hijax Variables, which rest on experimental parts of JAX",
@@ -260,3 +261,11 @@ def test_the_package_alone_does_not_load_jax() -> None:
 
 def test_the_package_has_its_parts_and_nothing_else() -> None:
     assert output("import batiste; print(batiste.nnx.__name__, hasattr(batiste, 'nonsense'))") == "batiste.nnx False\n"
+
+
+def test_state_dicts_and_dataclasses_load_neither_face() -> None:
+    program = (
+        "import sys, batiste.core, batiste.cursor, batiste.serialization, batiste.struct, batiste.traverse_util\n"
+        "print([name for name in sys.modules if name.startswith(('batiste.linen', 'batiste.nn'))])"
+    )
+    assert output(program) == "[]\n"
