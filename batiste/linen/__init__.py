@@ -62,7 +62,8 @@ from .boxes import unbox
 from .calls import apply, init, init_with_output, merge_param
 from .combinators import Sequential
 from .context import disable_named_call, enable_named_call, intercept_methods, override_named_call
-from .linear import Conv, ConvTranspose, Dense, DenseGeneral, Einsum, Embed
+from .lift import broadcast
+from .linear import Conv, ConvLocal, ConvTranspose, Dense, DenseGeneral, Einsum, Embed
 from .module import Module, compact, compact_name_scope, nowrap, share_scope
 from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, SpectralNorm, WeightNorm
 from .pooling import avg_pool, max_pool, min_pool, pool

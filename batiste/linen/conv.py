@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from batiste import nn
+from batiste.graph import Rngs
 from batiste.nn.conv import PaddingLike, PerDim
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple, default_bias_init, default_kernel_init
@@ -49,6 +51,20 @@ class Conv(Lazy, of=nn.Conv):
         product = replaced(self.conv_general_dilated, self.conv_general_dilated_cls, lax.conv_general_dilated)
         sizes = dict(in_features=inputs.shape[-1], out_features=self.features, kernel_size=as_tuple(self.kernel_size))
         return self.run(self.settings(**sizes, conv_general_dilated=product), inputs)
+
+
+class ConvLocal(Conv, of=nn.ConvLocal):
+    """As `Conv`, with a kernel of its own for each place of the output; see `batiste.nn.ConvLocal`"""
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        product = replaced(self.conv_general_dilated, self.conv_general_dilated_cls, lax.conv_general_dilated_local)
+        kernel_size = as_tuple(self.kernel_size)
+        sizes = dict(in_features=inputs.shape[-1], out_features=self.features, kernel_size=kernel_size)
+        shared = self.settings(**sizes, conv_general_dilated=lax.conv_general_dilated, mask=None, feature_group_count=1)
+        shape = jax.eval_shape(lambda x: nn.Conv(**shared, rngs=Rngs(0))(x), inputs).shape
+        out_sizes = shape[-len(kernel_size) - 1 : -1]
+        return self.run(self.settings(**sizes, out_sizes=out_sizes, conv_general_dilated=product), inputs)
 
 
 class ConvTranspose(Lazy, of=nn.ConvTranspose):

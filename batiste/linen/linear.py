@@ -17,13 +17,14 @@ from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple, default_bias_init, default_embed_init, default_kernel_init
 
 from .calls import merge_param
-from .conv import Conv, ConvTranspose
+from .conv import Conv, ConvLocal, ConvTranspose
 from .dtypes import promote_dtype
 from .lazy import Lazy, replaced
 from .module import compact
 
 __all__ = [
     "Conv",
+    "ConvLocal",
     "ConvTranspose",
     "Dense",
     "DenseGeneral",

@@ -33,7 +33,7 @@ from .activations import (
 from .attend import combine_masks, dot_product_attention, make_attention_mask, make_causal_mask
 from .attention import MultiHeadAttention
 from .cells import GRUCell, LSTMCell, OptimizedLSTMCell, RNNCellBase, SimpleCell
-from .conv import Conv, ConvTranspose
+from .conv import Conv, ConvLocal, ConvTranspose
 from .linear import Einsum, Embed, Linear, LinearGeneral
 from .lora import LoRA, LoRALinear, LoRAParam
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm

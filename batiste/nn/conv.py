@@ -165,9 +165,13 @@ class Conv(Module):
                                 expected="a divisor of in_features and of out_features",
                                 fix="change feature_group_count, or the numbers of features")  # fmt: skip
         stream = params_stream(self, rngs)
-        self.kernel_shape = (*kernel_size, in_features // feature_group_count, out_features)
+        self.kernel_shape = self._kernel_shape(in_features, out_features, kernel_size, feature_group_count)
         self.kernel = make(Param, kernel_init, self.kernel_shape, param_dtype, stream, kernel_metadata)
-        bias = make(Param, bias_init, (out_features,), param_dtype, stream, bias_metadata) if use_bias else None
+        bias = (
+            make(Param, bias_init, self._bias_shape(out_features), param_dtype, stream, bias_metadata)
+            if use_bias
+            else None
+        )
         self.bias = data(bias)
         self.in_features = in_features
         self.out_features = out_features
@@ -186,6 +190,21 @@ class Conv(Module):
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
         self._check_settings()
+
+    def _kernel_shape(
+        self, in_features: int, out_features: int, kernel_size: tuple[int, ...], groups: int
+    ) -> tuple[int, ...]:
+        return (*kernel_size, in_features // groups, out_features)
+
+    def _bias_shape(self, out_features: int) -> tuple[int, ...]:
+        return (out_features,)
+
+    def _features_in(self, kernel: Array) -> int:
+        """How many features of an input the kernel is for."""
+        return kernel.shape[-2] * self.feature_group_count
+
+    def _convolve(self, *args: Any, **options: Any) -> Array:
+        return self.conv_general_dilated(*args, **options)
 
     def _check_settings(self) -> None:
         rank = len(self.kernel_size)
@@ -206,10 +225,10 @@ class Conv(Module):
         x, kernel, bias = self.promote_dtype((inputs, kernel, value_of(self.bias)), dtype=self.dtype)
         rank = len(self.kernel_size)
         x, batch = _flat_batch(self, x, rank)
-        check_last_dim(self, x, kernel.shape[-2] * self.feature_group_count, "in_features")
+        check_last_dim(self, x, self._features_in(kernel), "in_features")
         dilation = _per_dim(self, "kernel_dilation", self.kernel_dilation, rank)
         x, padding = _pad(x, canonicalize_padding(self.padding, rank), self.kernel_size, dilation)
-        y = self.conv_general_dilated(
+        y = self._convolve(
             x,
             kernel,
             _per_dim(self, "strides", self.strides, rank),
@@ -241,6 +260,64 @@ def _pad(x: Array, padding: Any, kernel_size: tuple[int, ...], dilation: tuple[i
         pairs = [(0, 0), *((n // 2, n - n // 2) for n in reach), (0, 0)]
         return jnp.pad(x, pairs, mode=WRAPPED[padding]), "VALID"
     return x, padding
+
+
+class UnsupportedError(ArgumentError, NotImplementedError):
+    """A setting of a layer that JAX has no operation for."""
+
+
+class ConvLocal(Conv):
+    """As `Conv`, with a kernel of its own for each place of the output:
+
+    y[*batch, *out, features] = Σ x[*batch, *window of out, in] * kernel[*out, kernel_size * in, features] + bias[*out, …]
+
+    Args:
+        out_sizes: the spatial sizes of the output, which follow from those of the input.
+        settings: as of `Conv`; there are no groups.
+
+    Raises:
+        UnsupportedError: `feature_group_count` is not 1.
+
+    >>> from batiste.graph import Rngs
+    >>> ConvLocal(1, 8, (3,), out_sizes=(5,), rngs=Rngs(0))(jnp.ones((7, 5, 1))).shape
+    (7, 5, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerDim = 1,
+        *,
+        out_sizes: Sequence[int],
+        feature_group_count: int = 1,
+        conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated_local,
+        **settings: Any,
+    ):
+        if feature_group_count != 1:
+            raise UnsupportedError("ConvLocal: a local convolution does not support `feature_group_count != 1`",
+                                   got=feature_group_count, fix="use one layer for each group")  # fmt: skip
+        self.out_sizes = tuple(out_sizes)
+        super().__init__(
+            in_features, out_features, kernel_size, strides, conv_general_dilated=conv_general_dilated, **settings
+        )
+
+    def _kernel_shape(
+        self, in_features: int, out_features: int, kernel_size: tuple[int, ...], groups: int
+    ) -> tuple[int, ...]:
+        return (*self.out_sizes, math.prod(kernel_size) * in_features, out_features)
+
+    def _bias_shape(self, out_features: int) -> tuple[int, ...]:
+        return (*self.out_sizes, out_features)
+
+    def _features_in(self, kernel: Array) -> int:
+        return kernel.shape[-2] // math.prod(self.kernel_size)
+
+    def _convolve(self, x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+        known = ("lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
+        options = {name: options[name] for name in known}
+        return self.conv_general_dilated(x, kernel, *args, filter_shape=self.kernel_size, **options)
 
 
 class ConvTranspose(Module):

@@ -34,8 +34,8 @@ def value_of(variable: Any) -> Any:
 
 
 def add_bias(y: Array, bias: Array | None) -> Array:
-    """y[..., features] + bias[features]"""
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    """y[..., features] + bias[features], or a bias for the last dims"""
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def output_dtype(preferred_element_type: DTypeLike | None) -> dict[str, Any]:

@@ -123,6 +123,8 @@ CASES = [
     Case("conv-groups", lambda nn: nn.Conv(6, (3, 2), strides=2, feature_group_count=2, padding="VALID"), IMAGE),
     Case("conv-transpose", lambda nn: nn.ConvTranspose(5, (3, 3), strides=(2, 2), bias_init=bias_init), IMAGE),
     Case("conv-transpose-flipped", lambda nn: nn.ConvTranspose(5, (3, 3), transpose_kernel=True), IMAGE),
+    Case("conv-local", lambda nn: nn.ConvLocal(5, (3, 2), strides=(2, 1), bias_init=bias_init), IMAGE),
+    Case("conv-local-1d", lambda nn: nn.ConvLocal(5, 3, padding="CAUSAL"), X_BTD),
     Case("batch-norm", lambda nn: nn.BatchNorm(use_running_average=False, scale_init=bias_init), X_BTD),
     Case("batch-norm-stored", lambda nn: nn.BatchNorm(use_running_average=True, bias_init=bias_init), X_BTD),
     Case("batch-norm-two-axes", lambda nn: nn.BatchNorm(
