@@ -77,11 +77,13 @@ def disable_named_call() -> None:
 
 def intercepted(fun: Callable[..., Any], context: InterceptorContext) -> Callable[..., Any]:
     """`fun` inside all interceptors; the one that was put on first is the outermost."""
-    interceptors = list(running.interceptors)
+    call = functools.partial(fun, context.module)
+    for interceptor in reversed(running.interceptors):
+        call = functools.partial(_through, interceptor, call, context)
+    return call
 
-    def step(number: int, *args: Any, **kwargs: Any) -> Any:
-        if number == len(interceptors):
-            return fun(context.module, *args, **kwargs)
-        return interceptors[number](functools.partial(step, number + 1), args, kwargs, context)
 
-    return functools.partial(step, 0)
+def _through(
+    interceptor: Callable[..., Any], call: Callable[..., Any], context: InterceptorContext, /, *args: Any, **kwargs: Any
+) -> Any:
+    return interceptor(call, args, kwargs, context)
