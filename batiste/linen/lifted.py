@@ -134,14 +134,20 @@ class Passage:
 
         with in_module(None):
             given = [copied(x) for x in self.given]
-        in_setup, depth, names = self.before
-        state = _State(in_setup=in_setup, setup_begun=in_setup, compact_depth=depth, names_made=dict(names))
-        object.__setattr__(given[0], "_state", state)
+        self._go_on(given[0])
         if len(given) == 1:
             return given[0], args, dict(kwargs)
         is_place = lambda x: isinstance(x, _Place)
         back = lambda tree: jax.tree.map(lambda x: given[x.number] if is_place(x) else x, tree, is_leaf=is_place)
         return given[0], back(args), back(dict(kwargs))
+
+    def _go_on(self, module: Module) -> None:
+        """Lets the copy begin where the module outside has stopped."""
+        state: _State = module._state
+        state.in_setup, depth, names = self.before
+        state.setup_begun = state.in_setup
+        module._try_setup()  # what it makes is not numbered as in a compact method
+        state.compact_depth, state.names_made = depth, dict(names)
 
     def _free_names(self, inner: Sequence[Scope]) -> None:
         """Lets the copies take names anew, but for those of parts that came along and that `setup` will not make."""
@@ -205,7 +211,7 @@ def as_method(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a module as one that runs as its method: it is the parent of what is made."""
     if inspect.ismethod(fn) and isinstance(fn.__self__, Module):
         fn = fn.__func__  # the module is passed to it
-    if hasattr(fn, "wrapped"):
+    if hasattr(fn, "wrapped") or hasattr(fn, "nowrap"):
         return fn
     return wrapped(fn if hasattr(fn, "__name__") else _with_name(fn))
 

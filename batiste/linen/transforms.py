@@ -380,7 +380,8 @@ def value_and_grad(
             core, scopes, *args, has_aux=has_aux, reduce_axes=reduce_axes, variables=variables, rngs=rngs
         )
 
-    return run_lifted("value_and_grad", transform, (fn,), mdl, primals)
+    y, *aux, grads = run_lifted("value_and_grad", transform, (fn,), mdl, primals)
+    return ((y, *aux) if has_aux else y), grads
 
 
 def grad(
