@@ -5,6 +5,7 @@ from batiste.nn import initializers as initializers
 
 from . import interop as interop
 from . import module as module
+from . import trees as trees
 from . import variables as variables
 from . import wrappers as wrappers
 from .interop import linen_in_bridge_mdl as linen_in_bridge_mdl
