@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from batiste.errors import (
@@ -43,27 +41,7 @@ from batiste.graph.pytree import prepare
 from .boxes import is_axis_metadata, replace_boxed, unbox
 from .filters import DenyList as DenyList
 from .filters import in_filter
-
-# ---------------------------------------------------------------- keys
-
-
-def is_key(x: Any) -> bool:
-    """Whether `x` is one random key, typed or raw."""
-    if not isinstance(x, (jax.Array, np.ndarray)):
-        return False
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return x.shape == ()
-    return x.dtype == np.uint32 and x.ndim == 1
-
-
-@functools.lru_cache(maxsize=4096)
-def hash_of(parts: tuple[str | int, ...]) -> int:
-    """The first 32 bits of SHA-1 of names and counts, one after another."""
-    digest = hashlib.sha1()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part.to_bytes((part.bit_length() + 7) // 8, "big"))
-    return int.from_bytes(digest.digest()[:4], "big")
-
+from .keys import LazyRng, fold_in, is_key
 
 # ---------------------------------------------------------------- scopes
 
@@ -100,7 +78,8 @@ class Frame(Object):
     ):  # fmt: skip
         in_filter(mutable, "")  # a wrong filter is refused here
         is_set = isinstance(mutable, Collection) and not isinstance(mutable, str)
-        self.rngs = {name: RngKey(key, tag=name) for name, key in rngs.items()}
+        keys = {name: key.as_jax_rng() if isinstance(key, LazyRng) else key for name, key in rngs.items()}
+        self.rngs = {name: RngKey(key, tag=name) for name, key in keys.items()}
         self.counts = {}
         self.mutable = frozenset(mutable) if is_set else mutable
         self.flags = dict(flags)
@@ -327,7 +306,7 @@ class Scope(Object):
                 raise InvalidRngError(f'{self.name} needs PRNG for "{name}"')
             name = "params"
         count = frame.counts[self.steps, name] = frame.counts.get((self.steps, name), 0) + 1
-        return jax.random.fold_in(frame.rngs[name].get_value(), np.uint32(hash_of((*self.steps, count))))
+        return fold_in(frame.rngs[name].get_value(), (*self.steps, count))
 
     # ------------------------------------------------------------ variables
     def is_mutable_collection(self, col: str) -> bool:

@@ -61,7 +61,7 @@ def test_new_variables_scopes_and_counts_come_back_from_a_transform():
     expected, got = body(plain, jnp.ones(3)), remat(body)(mapped, jnp.ones(3))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, mapped.variables(), plain.variables())
-    assert mapped.children["dense"].counts == plain.children["dense"].counts == {"params": 1}
+    assert mapped.frame.counts == plain.frame.counts == {(("dense",), "params"): 1}
 
 
 def test_a_scope_ends_with_its_call():
