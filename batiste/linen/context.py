@@ -28,6 +28,11 @@ class _Running(threading.local):
         self.interceptors: list[Callable[..., Any]] = []
         self.named = True
 
+    @property
+    def module_stack(self) -> list[Any]:
+        """`modules` under Flax's name, by which programs ask for the module that is being called."""
+        return self.modules
+
 
 running = _Running()
 

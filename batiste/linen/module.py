@@ -78,6 +78,7 @@ class Module(Bound):
         cls.name = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
         defined = set(vars(cls))
         dataclasses.dataclass(unsafe_hash="__hash__" not in defined, repr=False, kw_only=kw_only)(cls)
+        del cls.parent  # type: ignore[misc]  # the default of the field would hide the property
         if "__hash__" not in defined:
             cls.__hash__ = _hash_unbound(cls.__hash__)  # type: ignore[method-assign]
         fields = cls.__dataclass_fields__  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -45,16 +46,25 @@ class _State:
     names_made: dict[str, int] = dataclasses.field(default_factory=dict)
     names_taken: set[str] = dataclasses.field(default_factory=set)  # by the last run of the compact method
     children: dict[str, Any] = dataclasses.field(default_factory=dict)
-    adopted: dict[int, tuple[Part, Part]] = dataclasses.field(default_factory=dict)  # shared by all of one binding
+    adopted: dict[int, tuple[Part, weakref.ref[Part]]] = dataclasses.field(default_factory=dict)  # shared by a binding
 
 
 class Part:
     """A dataclass of settings that can stand under a parent."""
 
     name: str | None
-    parent: Any
     scope: Scope | None = None
     _state: _State
+
+    @property
+    def parent(self) -> Any:
+        """A module, a scope or None. A part does not keep its parent alive: a model is freed when a call is over."""
+        parent = vars(self).get("parent")
+        return parent() if isinstance(parent, weakref.ref) else parent
+
+    @parent.setter
+    def parent(self, parent: Any) -> None:
+        vars(self)["parent"] = weakref.ref(parent) if isinstance(parent, Part) else parent
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -109,13 +119,14 @@ class Part:
         return map_modules(self._adopt_module, value, name, seal=True)
 
     def _adopt_module(self, module: Part, name: str) -> Part:
-        if module.parent is None:  # made outside: a copy of it joins, the same one wherever it is met
-            _, known = self._state.adopted.get(id(module), (None, None))
+        if module.parent is None and module.scope is None:  # made outside: a copy joins, one wherever it is met
+            _, known = self._state.adopted.get(id(module), (None, lambda: None))
+            known = known()
             if known is None:
                 keeps = getattr(type(self), "preserve_adopted_names", config.flax_preserve_adopted_names)
                 name = module.name if keeps and module.name is not None else name
                 known = module.clone(parent=None, name=name)
-                self._state.adopted[id(module)] = (module, known)
+                self._state.adopted[id(module)] = (module, weakref.ref(known))
                 known._attach(self, name)
             return known
         if module.name is None and module.scope is None:  # made in `setup`
@@ -130,7 +141,7 @@ class Part:
         copies: dict[int, Part] = {}
 
         def unbound(module: Part, name: str) -> Part:
-            if module.parent is None:
+            if module.parent is None and module.scope is None:
                 return module
             if id(module) not in copies:
                 copies[id(module)] = module.clone(name=None, _reset_names=_reset_names)
@@ -150,9 +161,7 @@ class Part:
 
 
 # ---------------------------------------------------------------- modules in containers
-def map_modules(
-    f: Callable[[Any, str], Any], value: Any, name: str = "", seal: bool = False, of: Any = Part
-) -> Any:
+def map_modules(f: Callable[[Any, str], Any], value: Any, name: str = "", seal: bool = False, of: Any = Part) -> Any:
     """`value` with f(module, name) in the place of each module in it: itself, or in containers and struct dataclasses.
 
     Args:
@@ -164,6 +173,7 @@ def map_modules(
         return f(value, name)
     if not _may_hold_modules(value):
         return value
+    rebuild: Callable[..., Any]
     old = _items(value)
     new = {key: map_modules(f, x, f"{name}_{key}", seal, of) for key, x in old.items()}
     if isinstance(value, Mapping):

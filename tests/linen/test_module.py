@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 import batiste.linen as nn
-from batiste import errors
+from batiste import errors, struct
+from batiste.configurations import config
 from batiste.core import FrozenDict, freeze
 
 KEY, X = jax.random.key(0), jnp.ones((2, 3))
@@ -127,6 +130,74 @@ def test_modules_may_share_a_scope():
     np.testing.assert_array_equal(Outer().apply(variables, X), MLP().apply(variables, X))
 
 
+def test_a_module_takes_the_scope_of_a_sibling_that_it_shares_with():
+    class Sharing(nn.Module):
+        inner: Any
+
+        def setup(self):
+            nn.share_scope(self, self.inner)
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Sharing(nn.Dense(2, name="a"))(x) + Sharing(nn.Dense(2))(x)
+
+    assert set(Outer().init(KEY, X)["params"]) == {"a", "Dense_0"}
+
+
+@pytest.mark.parametrize(("keeps", "name"), [(True, "own"), (False, "inner")])
+def test_an_adopted_module_may_keep_its_name(keeps, name):
+    class Keeping(Called):
+        preserve_adopted_names = keeps
+
+    assert set(Keeping(nn.Dense(2, name="own")).init(KEY, X)["params"]) == {name}
+    with config.temp_flip_flag("preserve_adopted_names", keeps):
+        assert set(Called(nn.Dense(2, name="own")).init(KEY, X)["params"]) == {name}
+
+
+def test_modules_in_a_struct_dataclass_are_named_after_its_fields():
+    @struct.dataclass
+    class Pair:
+        a: Any
+        b: Any
+
+    class Model(nn.Module):
+        pair: Pair
+
+        def __call__(self, x):
+            return self.pair.a(x) + self.pair.b[0](x)
+
+    one = nn.Dense(2)
+    assert set(Model(Pair(one, [nn.Dense(2)])).init(KEY, X)["params"]) == {"pair_a", "pair_b_0"}
+    assert set(Model(Pair(one, [one])).init(KEY, X)["params"]) == {"pair_a"}
+
+
+def test_a_submodule_may_be_named_as_the_method():
+    model = Called(nn.Dense(2))
+    variables = model.init(KEY, X)
+    np.testing.assert_array_equal(model.apply(variables, X, method="inner"), model.apply(variables, X))
+
+
+def test_modules_are_freed_when_the_call_is_over():
+    seen = []
+
+    def note(call, args, kwargs, context):
+        seen.append(weakref.ref(context.module))
+        return call(*args, **kwargs)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with nn.intercept_methods(note):
+            Called(MLP()).init(KEY, X)
+        assert len(seen) == 4 and all(module() is None for module in seen)
+    finally:
+        gc.enable()
+
+
 def test_a_method_may_have_a_name_scope_of_its_own():
     class Model(nn.Module):
         @nn.compact
@@ -153,6 +224,13 @@ def test_apply_returns_only_what_may_change():
 def test_variables_may_be_frozen():
     variables = MLP().init(KEY, X)
     np.testing.assert_array_equal(MLP().apply(freeze(variables), X), MLP().apply(variables, X))
+
+
+def test_variables_come_out_frozen_where_the_flag_says_so():
+    with config.temp_flip_flag("return_frozendict", True):
+        variables = MLP().init(KEY, X)
+        assert isinstance(variables, FrozenDict)
+        assert isinstance(MLP().apply(variables, X, mutable=["params"])[1], FrozenDict)
 
 
 def test_a_variable_may_be_a_tree():
@@ -207,8 +285,10 @@ def test_a_perturbation_has_the_gradient_of_what_it_is_added_to():
 
     variables = Model().init(KEY, X)
     np.testing.assert_allclose(jax.grad(Model().apply)(variables, X)["perturbations"]["x"], 6 * X)
-    with pytest.raises(ValueError, match="missing perturbation variable x"):
-        Model().apply({"perturbations": {"y": 1.0}}, X)
+    assert Model().apply({}, X) == Model().apply(variables, X)
+    for given in ({}, {"y": 1.0}):
+        with pytest.raises(ValueError, match="missing perturbation variable x"):
+            Model().apply({"perturbations": given}, X)
 
 
 def test_module_paths():
