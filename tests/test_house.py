@@ -26,6 +26,7 @@ FLOORS = {
     "core.frozen_dict": 1,
     "struct": 1,
     "jax_utils": 1,
+    "traceback_util": 1,
     "sharding": 1,
     "precision": 1,
     "io": 2,

@@ -8,6 +8,7 @@ Both faces fill `Line`s; this file decides how they look. A type that is not sho
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
@@ -148,7 +149,7 @@ def _variable(x: Variable) -> str:
 
 
 def _entry(key: Any, value: Any) -> str:
-    name, text = escape(str(key)), outline(value)
+    name, text = escape(str(key.value if isinstance(key, enum.Enum) else key)), outline(value)
     if isinstance(value, (list, tuple)) and value:
         return f"{name}:\n{text}"
     if "\n" in text or (isinstance(value, (Mapping, State)) and value):

@@ -24,6 +24,7 @@ from batiste.errors import (
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
+from batiste.traceback_util import api_boundary
 
 from .abstract import without_values
 from .bound import Bound
@@ -149,6 +150,7 @@ class Module(Bound):
         return run_method(self, fun, args, kwargs)
 
     # ------------------------------------------------------------ from and to variables
+    @api_boundary
     def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, method: Any = None,
               mutable: Any = False, capture_intermediates: Any = False, **kwargs: Any) -> Any:  # fmt: skip
         """The result of a method; with `mutable`, also the collections that may have changed.
@@ -164,17 +166,20 @@ class Module(Bound):
         call = apply(function_of(self, method), self, mutable, capture_intermediates)
         return call(variables, *args, **kwargs, rngs=rngs)
 
+    @api_boundary
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
                          capture_intermediates: Any = False, **kwargs: Any) -> tuple[Any, dict[str, Any]]:  # fmt: skip
         """The result of a method, and the variables that it made. Arguments as in `apply`."""
         call = init_with_output(function_of(self, method), self, mutable, capture_intermediates)
         return call(rngs, *args, **kwargs)
 
+    @api_boundary
     def init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
              capture_intermediates: Any = False, **kwargs: Any) -> dict[str, Any]:  # fmt: skip
         """The variables that a method makes. Arguments as in `apply`."""
         return init(function_of(self, method), self, mutable, capture_intermediates)(rngs, *args, **kwargs)
 
+    @api_boundary
     def module_paths(self, rngs: Any, *args: Any, show_repeated: bool = False, mutable: Any = ALL_BUT_INTERMEDIATES,
                      **kwargs: Any) -> dict[str, Module]:  # fmt: skip
         """The modules that `init` calls, by their paths; one that is called by two names stands under the first.
@@ -195,6 +200,7 @@ class Module(Bound):
         with in_module(None):
             return {path: module.clone(_reset_names=True) for path, module in found.items()}
 
+    @api_boundary
     def tabulate(self, rngs: Any, *args: Any, depth: int | None = None, show_repeated: bool = False,
                  mutable: Any = ALL_BUT_INTERMEDIATES, console_kwargs: Mapping[str, Any] | None = None,
                  table_kwargs: Mapping[str, Any] = NO_OPTIONS, column_kwargs: Mapping[str, Any] = NO_OPTIONS,
@@ -204,6 +210,7 @@ class Module(Bound):
                          compute_flops, compute_vjp_flops, **kwargs)  # fmt: skip
         return table(*args)
 
+    @api_boundary
     def lazy_init(self, rngs: Any, *args: Any, method: Any = None, mutable: Any = ALL_BUT_INTERMEDIATES,
                   **kwargs: Any) -> dict[str, Any]:  # fmt: skip
         """As `init`, for arguments of which only shape and dtype are known (`jax.ShapeDtypeStruct`).
@@ -213,6 +220,7 @@ class Module(Bound):
         """
         return without_values(functools.partial(self.init, method=method, mutable=mutable))(rngs, *args, **kwargs)
 
+    @api_boundary
     def bind(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, mutable: Any = False) -> Self:
         """The module with variables, for looking into it: its methods can be called as they are."""
         del args
@@ -221,6 +229,7 @@ class Module(Bound):
         with in_module(None):
             return self.clone(parent=root_scope(variables, None if rngs is None else streams_of(rngs, self), mutable))
 
+    @api_boundary
     def unbind(self) -> tuple[Self, Mapping[str, Mapping[str, Any]]]:
         """The module without variables, and its variables."""
         if self.scope is None:
