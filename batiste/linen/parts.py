@@ -173,17 +173,18 @@ def map_modules(f: Callable[[Any, str], Any], value: Any, name: str = "", seal: 
         return f(value, name)
     if not _may_hold_modules(value):
         return value
-    rebuild: Callable[..., Any]
     old = _items(value)
-    new = {key: map_modules(f, x, f"{name}_{key}", seal, of) for key, x in old.items()}
-    if isinstance(value, Mapping):
-        rebuild = FrozenDict if seal else type(value)
-    elif isinstance(value, (list, tuple)):
-        rebuild = _sequence(type(value) if hasattr(value, "_fields") or not seal else tuple)
-    else:
-        rebuild = functools.partial(_replaced, value)
+    new = {key: map_modules(f, x, f"{name}_{key}", seal) for key, x in old.items()}
     changed = any(new[key] is not x for key, x in old.items()) or (seal and isinstance(value, (list, Mapping)))
-    return rebuild(new) if changed else value
+    return _rebuilder(value, seal)(new) if changed else value
+
+
+def _rebuilder(value: Any, seal: bool) -> Callable[..., Any]:
+    if isinstance(value, Mapping):
+        return FrozenDict if seal else type(value)
+    if isinstance(value, (list, tuple)):
+        return _sequence(type(value) if hasattr(value, "_fields") or not seal else tuple)
+    return functools.partial(_replaced, value)
 
 
 def _may_hold_modules(value: Any) -> bool:
