@@ -30,8 +30,9 @@ class _Running(threading.local):
 
     @property
     def module_stack(self) -> list[Any]:
-        """`modules` under Flax's name, by which programs ask for the module that is being called."""
-        return self.modules
+        """None and the modules being called, under Flax's name; those around a call that began anew do not count."""
+        begin = max(number for number, module in enumerate(self.modules) if module is None)
+        return self.modules[begin:]
 
 
 running = _Running()

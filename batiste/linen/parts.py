@@ -174,7 +174,7 @@ def map_modules(f: Callable[[Any, str], Any], value: Any, name: str = "", seal: 
     if not _may_hold_modules(value):
         return value
     old = _items(value)
-    new = {key: map_modules(f, x, f"{name}_{key}", seal) for key, x in old.items()}
+    new = {key: map_modules(f, x, f"{name}_{key}", seal, of) for key, x in old.items()}
     changed = any(new[key] is not x for key, x in old.items()) or (seal and isinstance(value, (list, Mapping)))
     return _rebuilder(value, seal)(new) if changed else value
 
