@@ -20,17 +20,10 @@ import jax
 from batiste.core.frozen_dict import FrozenDict
 
 from . import lift
-from .lifted import (
-    Lifted,
-    Passage,
-    _HashableProxy,
-    checked_module,
-    lift_target,
-    of_scopes,
-    run_lifted,
-)
-from .module import Module
+from .boxes import map_axis_meta
 from .filters import DenyList
+from .lifted import Lifted, Passage, _HashableProxy, checked_module, lift_target, of_scopes, run_lifted
+from .module import Module
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 Filter = bool | str | Collection[str] | DenyList
