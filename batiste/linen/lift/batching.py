@@ -86,8 +86,11 @@ def vmap(
     axes = Axes(variable_axes)
 
     def inner(scopes: Any, *args: Any) -> Any:
-        body = within_axes(fn, axes, metadata_params)
-        call = LiftedCall("vmap", body, scopes, into=axes.into, out=axes.out, rngs=streams_in(split_rngs), labels=axes,
+        with within_axes(scopes, axes, metadata_params):
+            return mapped(scopes, *args)
+
+    def mapped(scopes: Any, *args: Any) -> Any:
+        call = LiftedCall("vmap", fn, scopes, into=axes.into, out=axes.out, rngs=streams_in(split_rngs), labels=axes,
                           streams=lambda name: 0 if is_split(split_rngs, name) else None,
                           all_labels=(None, 0, *axes.labels))  # fmt: skip
         size = axis_size

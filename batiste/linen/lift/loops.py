@@ -78,11 +78,15 @@ def scan(
             return None
         return CARRY if in_filter(variable_carry, col) else axes(col)
 
+    shared = union_filters(variable_broadcast, variable_carry)
+
     def inner(scopes: Any, init: Any, *args: Any) -> Any:
-        shared = union_filters(variable_broadcast, variable_carry)
+        with within_axes(scopes, lambda col: None if in_filter(shared, col) else axes(col), metadata_params):
+            return scanned(scopes, init, *args)
+
+    def scanned(scopes: Any, init: Any, *args: Any) -> Any:
         call = LiftedCall(
-            "scan", within_axes(fn, lambda col: None if in_filter(shared, col) else axes(col), metadata_params),
-            scopes, into=union_filters(shared, axes.into), out=union_filters(shared, axes.out),
+            "scan", fn, scopes, into=union_filters(shared, axes.into), out=union_filters(shared, axes.out),
             rngs=streams_in(split_rngs), labels=label_of,
             streams=lambda name: 0 if is_split(split_rngs, name) else None,
             all_labels=(CARRY, None, 0, *axes.labels), keep=lambda label: label is CARRY,

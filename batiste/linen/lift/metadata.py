@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -35,14 +36,11 @@ def _change(scopes: Any, axis_of: AxisOf, change: Callable[[int, AxisMetadata], 
         x.set_raw_value(map_axis_meta(functools.partial(change, axis), x.get_raw_value()))
 
 
-def within_axes(fn: Callable[..., Any], axis_of: AxisOf, params: Mapping[Any, Any]) -> Callable[..., Any]:
-    """`fn`, for which boxes lose the axis of their collection, and get it back."""
-
-    @functools.wraps(fn, updated=())
-    def inside(scopes: Any, *args: Any) -> Any:
-        _change(scopes, axis_of, lambda axis, box: box.remove_axis(axis, params))
-        out = fn(scopes, *args)
+@contextlib.contextmanager
+def within_axes(scopes: Any, axis_of: AxisOf, params: Mapping[Any, Any]) -> Iterator[None]:
+    """While it lasts, boxes speak of their values without the axis of their collection."""
+    _change(scopes, axis_of, lambda axis, box: box.remove_axis(axis, params))
+    try:
+        yield
+    finally:
         _change(scopes, axis_of, lambda axis, box: box.add_axis(axis, params))
-        return out
-
-    return inside
