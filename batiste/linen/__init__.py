@@ -10,6 +10,7 @@ from . import (
     batch_apply,
     combinators,
     dtypes,
+    fp8_ops,
     initializers,
     kw_only_dataclasses,
     linear,
@@ -63,6 +64,7 @@ from .calls import apply, init, init_with_output, merge_param
 from .combinators import Sequential
 from .context import disable_named_call, enable_named_call, intercept_methods, override_named_call
 from .lift import broadcast
+from .fp8_ops import Fp8DirectDotGeneralOp, Fp8DotGeneral, Fp8DotGeneralOp, Fp8Einsum, NANOOFp8DotGeneralOp
 from .linear import Conv, ConvLocal, ConvTranspose, Dense, DenseGeneral, Einsum, Embed
 from .module import Module, compact, compact_name_scope, nowrap, share_scope
 from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, SpectralNorm, WeightNorm

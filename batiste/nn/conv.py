@@ -267,9 +267,9 @@ class UnsupportedError(ArgumentError, NotImplementedError):
 
 
 class ConvLocal(Conv):
-    """As `Conv`, with a kernel of its own for each place of the output:
+    """y[*batch, *out, features] = x[*batch, *out, window * in] · kernel[*out, window * in, features] + bias
 
-    y[*batch, *out, features] = Σ x[*batch, *window of out, in] * kernel[*out, kernel_size * in, features] + bias[*out, …]
+    As `Conv`, with a kernel of its own for each place of the output.
 
     Args:
         out_sizes: the spatial sizes of the output, which follow from those of the input.

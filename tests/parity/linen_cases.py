@@ -171,6 +171,12 @@ CASES = [
     Case("weight-norm", lambda nn: nn.WeightNorm(nn.Sequential([nn.Dense(4), nn.Dense(3)])), X),
     Case("weight-norm-all", lambda nn: nn.WeightNorm(
         nn.Dense(4, bias_init=bias_init), variable_filter=None, scale_init=bias_init, feature_axes=None), X),
+    Case("fp8", lambda nn: nn.Dense(4, dot_general_cls=nn.Fp8DirectDotGeneralOp), X),
+    Case("fp8-bf16", lambda nn: nn.Dense(4, dot_general_cls=nn.Fp8DirectDotGeneralOp, dtype=jnp.bfloat16), X,
+         tolerance=2e-2),
+    Case("fp8-nanoo", lambda nn: nn.Dense(4, dot_general_cls=nn.NANOOFp8DotGeneralOp), X),
+    Case("fp8-einsum", lambda nn: nn.Fp8Einsum(), (normal(3, 4), normal(4, 5)),
+         call=lambda layer, x, y: layer("ab,bc->ac", x, y)),
     Case("sequential", lambda nn: nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), X),
     Case("mlp", mlp, X),
     Case("setup", with_setup, X_BTD),
