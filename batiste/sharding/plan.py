@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from batiste.graph import Pytree, RngState, Variable, iter_graph
 from batiste.graph.birth import nursery
-from batiste.graph.errors import ArgumentError, BatisteError
+from batiste.graph.errors import ArgumentError, BatisteError, ShapeError
 from batiste.graph.jaxcompat import Tracer, key_name
 from batiste.graph.placement import Axes, logical_axis_rules, put, spec_of
 
@@ -75,7 +75,8 @@ class Plan:
         fill: mesh axes that are put on the largest dim that they divide, besides what the rules say.
         least: parameters with fewer elements are not filled: sending them costs more than keeping them.
         batch: mesh axes of the first dim of a batch, and `sequence` those of its second.
-        strict: a parameter of two or more dims that no rule speaks of is an error; otherwise it stays whole.
+        strict: a parameter of two or more dims that no rule speaks of is an error; otherwise it is filled, or stays
+            whole. None: an error if there is nothing to fill with.
 
     Raises:
         ArgumentError: a rule uses an axis that the mesh has not.
@@ -88,7 +89,7 @@ class Plan:
     least: int = 4096
     batch: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
-    strict: bool = True
+    strict: bool | None = None
 
     def __post_init__(self):
         group = tuple(axis for axis in self.batch if axis != "expert")
@@ -154,13 +155,17 @@ class Plan:
         return {**self.names, **own}
 
     def _unmatched(self, path: str, shape: tuple[int, ...]) -> Decision:
-        if self.fill:
-            spec = to_spec(filled([()] * len(shape), shape, self.fill, self.sizes, self.least))
-            return Decision(spec, f"fill {' x '.join(self.fill)}" if spec else "too small to fill, or not divisible")
-        if len(shape) > 1 and self.strict:
+        if len(shape) > 1 and (not self.fill if self.strict is None else self.strict):
+            rank = next((axes for glob, axes in self.paths if fits(glob, path)), None)
+            if rank is not None:
+                raise ShapeError(f"a rule that fits has {len(rank)} entries, the value has {len(shape)} dims", at=path,
+                                 fix=f"write one entry per dim, or (..., {', '.join(map(repr, rank))})")  # fmt: skip
             raise ArgumentError("no rule of the plan speaks of this parameter", at=path, got=f"shape {shape}",
-                                fix=f"add one: plan.with_rules(({path.rpartition('/')[0] + '/*'!r}, ()))")  # fmt: skip
-        return Decision(PartitionSpec(), WHOLE_RULE if len(shape) < 2 else "no rule: whole")
+                                fix=f"add one: plan.with_rules(({path!r}, ()))")  # fmt: skip
+        spec = to_spec(filled([()] * len(shape), shape, self.fill, self.sizes, self.least))
+        if self.fill:
+            return Decision(spec, f"fill {' x '.join(self.fill)}" if spec else "too small to fill, or not divisible")
+        return Decision(spec, WHOLE_RULE if len(shape) < 2 else "no rule: whole")
 
     def place_of(self, path: tuple, x: Any) -> Decision:
         """The place of a Variable, a box with axis names or an array, found at this path of a model or optimizer.
@@ -209,7 +214,7 @@ class Plan:
             except BatisteError as error:
                 if pending is None:
                     raise
-                pending[id(x)] = Pending(weakref.ref(x), error)
+                pending[id(x)] = Pending(weakref.ref(x), error.with_traceback(None))  # frames would keep it alive
                 continue
             if pending:
                 pending.pop(id(x), None)
@@ -259,7 +264,12 @@ class Plan:
             spec = [OPEN if e is OPEN else a or None for e, a in zip(entries, each)]
             sharding = NamedSharding(mesh, PartitionSpec(*spec))
             if len(set(mesh.axis_types)) > 1:  # inside a shard_map over some of the axes
-                return jax.lax.with_sharding_constraint(leaf, sharding)
+                explicit = AxisType.Explicit in mesh.axis_types
+                return (
+                    jax.sharding.reshard(leaf, sharding)
+                    if explicit
+                    else jax.lax.with_sharding_constraint(leaf, sharding)
+                )
             return put(leaf, sharding) if free else leaf
 
         return jax.tree.map(one, x)

@@ -23,7 +23,6 @@ from jax.typing import DTypeLike
 
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.graph.placement import current_mesh
-from batiste.precision import promote_dtype
 
 from .plan import current_plan
 from .rules import mesh_axes, to_spec
@@ -69,12 +68,16 @@ def gather_attention(query: Array, key: Array, value: Array, bias: Array | None 
 def _divided(attend: Callable[..., Array], axis: str, query: Array, key: Array, value: Array, bias: Array | None,
              mask: Array | None, *, dropout_rate: float = 0.0, deterministic: bool = False, dropout_rng: Any = None,
              broadcast_dropout: bool = True, dtype: DTypeLike | None = None, precision: lax.PrecisionLike = None,
-             module: Any = None, promote_dtype: Callable[..., Any] = promote_dtype,
+             module: Any = None, promote_dtype: Callable[..., Any] | None = None,
              is_causal: bool = False) -> Array:  # fmt: skip
     if (dropout_rate > 0 and not deterministic) or module is not None:
         raise ArgumentError("attention over divided positions has no weights to drop or to record",
                             fix="set dropout_rate=0 and sow_weights=False")  # fmt: skip
-    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    if promote_dtype is None:
+        kind = jnp.result_type(query, key, value) if dtype is None else dtype
+        query, key, value = (x.astype(kind) for x in (query, key, value))
+    else:
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
     mesh = current_mesh()
     parts = mesh.shape.get(axis, 1) if not mesh.empty else 1
     for name, x in (("query", query), ("key", key)):
