@@ -61,7 +61,8 @@ class ConvLocal(Conv, of=nn.ConvLocal):
         product = replaced(self.conv_general_dilated, self.conv_general_dilated_cls, lax.conv_general_dilated_local)
         kernel_size = as_tuple(self.kernel_size)
         sizes = dict(in_features=inputs.shape[-1], out_features=self.features, kernel_size=kernel_size)
-        shared = self.settings(**sizes, conv_general_dilated=lax.conv_general_dilated, mask=None, feature_group_count=1)
+        plain = dict(mask=None, feature_group_count=1, kernel_init=default_kernel_init, use_bias=False)
+        shared = self.settings(**sizes, **plain, conv_general_dilated=lax.conv_general_dilated)
         shape = jax.eval_shape(lambda x: nn.Conv(**shared, rngs=Rngs(0))(x), inputs).shape
         out_sizes = shape[-len(kernel_size) - 1 : -1]
         return self.run(self.settings(**sizes, out_sizes=out_sizes, conv_general_dilated=product), inputs)

@@ -89,7 +89,7 @@ class DenseGeneral(Lazy, of=nn.LinearGeneral):
 
     @compact
     def __call__(self, inputs: Array) -> Array:
-        axes = tuple(axis % inputs.ndim for axis in as_tuple(self.axis))
+        axes = tuple(sorted(axis % inputs.ndim for axis in as_tuple(self.axis)))
         batch = tuple(sorted(axis % inputs.ndim for axis in as_tuple(self.batch_dims)))
         if batch != tuple(range(len(batch))):
             raise ArgumentError(f"batch_dims {batch} must be consecutive leading dimensions starting from 0",

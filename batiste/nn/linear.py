@@ -352,8 +352,8 @@ def _equation(text: Any) -> str:
         raise ArgumentError('`einsum_str` equation must be explicit and include "->"', got=repr(text), expected=form,
                             fix="write the dims of the result after '->'")  # fmt: skip
     if (commas := text.count(",")) != 1:
-        raise ArgumentError("`einsum_str` must have exactly two operands and therefore exactly one comma",
-                            got=f"{commas} in {text!r}", expected=form,
+        raise ArgumentError("`einsum_str` equation must have exactly two operands and therefore, exactly one comma "
+                            f"character, instead of {commas}", got=repr(text), expected=form,
                             fix="name the dims of the input, a comma, the dims of the kernel")  # fmt: skip
     return text
 

@@ -113,6 +113,7 @@ CASES = [
     Case("dense-bf16", lambda nn: nn.Dense(4, dtype=jnp.bfloat16), X, tolerance=2e-2),
     Case("general", lambda nn: nn.DenseGeneral((2, 3), axis=(-2, -1), bias_init=bias_init), X_BTD),
     Case("general-batch", lambda nn: nn.DenseGeneral(4, batch_dims=(0,), bias_init=bias_init), X_BTD),
+    Case("general-axes", lambda nn: nn.DenseGeneral(3, axis=(-1, 1), bias_init=bias_init), IMAGE),
     Case("einsum", lambda nn: nn.Einsum((8, 2, 3), "btd,dhk->bthk", bias_init=bias_init), X_BTD),
     Case("einsum-ellipsis", lambda nn: nn.Einsum((8, 3), "...d,df->...f", bias_init=bias_init), X_BTD),
     Case("einsum-no-bias", lambda nn: nn.Einsum((8, 3), "abd,df->abf", use_bias=False), X_BTD),
