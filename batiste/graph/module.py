@@ -322,14 +322,15 @@ class Dict(Module, MutableMapping[str, A]):
 class Sequential(Module):
     """y = f_n(... f_1(x)): applies callables one after another.
 
-    A tuple that one returns is spread over the next one's arguments, a dict over its keyword arguments.
+    A tuple that one returns is spread over the next one's arguments, a dict over its keyword arguments. Without
+    callables the result is the argument, several as a tuple, or the keyword arguments.
     """
 
     def __init__(self, *fns: Callable[..., Any]):
         self.layers = List(fns)
 
     def __call__(self, *args, rngs: Any = None, **kwargs) -> Any:
-        output: Any = None
+        output: Any = args[0] if len(args) == 1 else args or kwargs or None
         for index, layer in enumerate(self.layers):
             if not callable(layer):
                 raise TypeError(f"Sequence[{index}] is not callable: {layer}")

@@ -110,11 +110,15 @@ def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[
 # ---------------------------------------------------------------- maps
 def recursive_map(f: Callable[[Path, Any], Any], node: Any, /, *, graph: bool | None = None) -> Any:
     """Rebuilds an object, children first, with `f(path, x)` in the place of every node and leaf."""
-    as_graph = graph_mode(graph)
+    return rebuilt(f, node, graph_mode(graph))
+
+
+def rebuilt(f: Callable[[Path, Any], Any], node: Any, as_graph: bool, once: bool = True) -> Any:
+    """As `recursive_map`; with `once=False`, `f` is asked for a shared Variable on each path to it."""
     done: dict[int, tuple[Any, Path]] = {}
 
     def visit(x: Any, path: Path) -> Any:
-        if is_graph_node(x) and id(x) in done:
+        if is_graph_node(x) and id(x) in done and (once or not isinstance(x, Variable)):
             if not as_graph:
                 raise duplicate_error(x, [done[id(x)][1], path], "")
             return done[id(x)][0]

@@ -20,7 +20,7 @@ from batiste.graph.flatten import Walk
 from batiste.graph.modes import graph_mode
 from batiste.graph.pytree import Pytree
 from batiste.graph.variable import MISSING, Variable
-from batiste.graph.walk import node_items, recursive_map
+from batiste.graph.walk import node_items, rebuilt
 from batiste.sharding import PARTITION_NAME, add_axis, remove_axis
 
 from .arguments import bound, by_position
@@ -74,7 +74,8 @@ def prefix(node: Any, filter_map: Any, /, *, graph: bool | None = None) -> Any:
 
     Args:
         filter_map: `{filter: label}`, the first that matches; or a function of `(path, leaf)`.
-        graph: accepted for symmetry; sharing is kept either way.
+        graph: accepted for symmetry. A Variable that is met on several paths is labelled on each; transforms refuse it
+            where the labels differ.
 
     Raises:
         ArgumentError: no filter matches a leaf.
@@ -89,7 +90,7 @@ def prefix(node: Any, filter_map: Any, /, *, graph: bool | None = None) -> Any:
         inner = not isinstance(x, Variable) and (x is None or isinstance(x, Pytree) or node_items(x) is not None)
         return x if inner else choose(path, x)
 
-    return recursive_map(label, node, graph=True)
+    return rebuilt(label, node, True, once=False)
 
 
 # ---------------------------------------------------------------- the names of mapped axes

@@ -130,6 +130,11 @@ def test_dict():
         parts[1] = 2
 
 
+def test_sequential_without_callables_returns_its_arguments():
+    model = nnx.Sequential()
+    assert (model(1), model(1, 2), model(a=1), model()) == (1, (1, 2), {"a": 1}, None)
+
+
 def test_sequential_spreads_tuples_and_dicts():
     model = nnx.Sequential(lambda x: (x, x + 1), lambda a, b: {"p": a, "q": b}, lambda p, q: p * q)
     assert model(2) == 6

@@ -218,6 +218,14 @@ def test_a_prefix_of_a_shared_module_is_shared():
     np.testing.assert_array_equal(out, 2 * m.w[...])
 
 
+def test_a_shared_variable_with_two_labels_is_refused():
+    v = nnx.Param(jnp.arange(3.0))
+    axes = nnx.prefix([v, v], {nnx.PathContains(0): 0, ...: None})
+    assert axes == [0, None]
+    with pytest.raises(AliasError, match="Inconsistent aliasing"):
+        nnx.vmap(lambda pair: pair[0] + pair[1], in_axes=(axes,))([v, v])
+
+
 def test_a_prefix_of_a_cycle_ends():
     class Ring(nnx.Module):
         def __init__(self):
