@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Precision: the dtype in which a layer computes, found from its arguments and its `dtype` setting."""
+"""The dtype in which a layer computes, found from its arguments and its `dtype` setting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .graph.errors import ArgumentError
+from batiste.graph.errors import ArgumentError
 
 
 def canonicalize_dtype(*args: Any, dtype: DTypeLike | None = None, inexact: bool = True) -> DTypeLike:
