@@ -36,6 +36,7 @@ from .cells import GRUCell, LSTMCell, OptimizedLSTMCell, RNNCellBase, SimpleCell
 from .conv import Conv, ConvLocal, ConvTranspose
 from .linear import Einsum, Embed, Linear, LinearGeneral
 from .lora import LoRA, LoRALinear, LoRAParam
+from .moe import Experts, MixtureOfExperts, RouterLoss
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from .pooling import avg_pool, max_pool, min_pool, pool
 from .recurrent import RNN, Bidirectional
