@@ -15,11 +15,14 @@ from . import (
     kw_only_dataclasses,
     linear,
     normalization,
+    partitioning,
     pooling,
     recurrent,
+    spmd,
     stochastic,
     transforms,
 )
+from . import boxes as meta
 from .activation import (
     PReLU,
     celu,
@@ -59,12 +62,12 @@ from .attention import (
     make_causal_mask,
 )
 from .batch_apply import BatchApply
-from .boxes import unbox
+from .boxes import PARTITION_NAME, Partitioned, get_partition_spec, get_sharding, unbox, with_partitioning
 from .calls import apply, init, init_with_output, merge_param
 from .combinators import Sequential
 from .context import disable_named_call, enable_named_call, intercept_methods, override_named_call
-from .lift import broadcast
 from .fp8_ops import Fp8DirectDotGeneralOp, Fp8DotGeneral, Fp8DotGeneralOp, Fp8Einsum, NANOOFp8DotGeneralOp
+from .lift import broadcast
 from .linear import Conv, ConvLocal, ConvTranspose, Dense, DenseGeneral, Einsum, Embed
 from .module import Module, compact, compact_name_scope, nowrap, share_scope
 from .normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, SpectralNorm, WeightNorm
@@ -81,6 +84,17 @@ from .recurrent import (
     SimpleCell,
 )
 from .scope import DenyList, Variable
+from .spmd import (
+    LogicallyPartitioned,
+    get_logical_axis_rules,
+    logical_axis_rules,
+    logical_to_mesh,
+    logical_to_mesh_axes,
+    logical_to_mesh_sharding,
+    set_logical_axis_rules,
+    with_logical_constraint,
+    with_logical_partitioning,
+)
 from .stochastic import Dropout
 from .summary import tabulate
 from .transforms import (
