@@ -17,7 +17,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 
@@ -129,7 +129,7 @@ class Passage:
                     copies[id(x)] = Variable(scope, x.collection, x.name, x.unbox)
                 else:
                     kind = self.kind if x is self.module else type(x)
-                    copies[id(x)] = kind(**map_parts(copied, settings_of(x)), parent=scope, name=x.name)
+                    copies[id(x)] = kind(**map_parts(copied, settings_of(x)), parent=scope, name=x.name)  # type: ignore[call-arg]
             return copies[id(x)]
 
         with in_module(None):
@@ -169,8 +169,8 @@ class Passage:
     def settle(self) -> None:
         """Lets the module outside go on where its copy has stopped."""
         for scope, reserved in self.reserved:
-            scope.reserved.clear()
-            scope.reserved.update(reserved)
+            scope.reserved.clear()  # type: ignore[union-attr]
+            scope.reserved.update(reserved)  # type: ignore[union-attr]
         self.module._state.names_made = dict(self.names_made)
 
 
@@ -308,7 +308,7 @@ def lift_target(name: str, target: Any, lifted: Callable[[Mapping[str, Any]], Li
     return _through(name, target, lifted({}), None)
 
 
-def _is_module_class(target: Any) -> bool:
+def _is_module_class(target: Any) -> TypeGuard[type[Module]]:
     return inspect.isclass(target) and issubclass(target, Module)
 
 
@@ -333,7 +333,7 @@ def _lift_class(name: str, cls: type[Module], lifted: Callable[[Mapping[str, Any
         through = _through(name, getattr(cls, method), lifted(options), cls)
         through.wrapped = True  # type: ignore[attr-defined]  # the copy runs `setup`, not the module outside
         body[method] = through
-    return type(cls)(prefix + cls.__name__, (cls,), body)
+    return type(cls)(prefix + cls.__name__, (cls,), body)  # type: ignore[call-arg]
 
 
 def _through(name: str, fn: Callable[..., Any], lifted: Lifted, kind: type | None) -> Callable[..., Any]:
@@ -375,8 +375,8 @@ class _HashableProxy:
     """Stands for the modules of a call where a program is remembered: equal for equal types, settings and sharing.
 
     Modules with variables have no hash, and a program must not keep them alive. What counts is how they are made:
-    the type and the fields of each, which of them are the same, and the names that they have given. Which variables they
-    hold, the scopes tell.
+    the type and the fields of each, which of them are the same, and the names that they have given. Which variables
+    they hold, the scopes tell.
     """
 
     __slots__ = ("key", "_hash")
@@ -385,7 +385,7 @@ class _HashableProxy:
         self.key, self._hash = key, hash(key)
 
     @classmethod
-    def from_module(cls, module: Module, *others: Any) -> _HashableProxy:
+    def from_module(cls, module: Any, *others: Any) -> _HashableProxy:
         """Of a module, and of values that may hold other modules."""
         seen: dict[int, int] = {}
         return cls(tuple(_key_of(x, seen) for x in (module, *others)))

@@ -427,7 +427,8 @@ def custom_vjp(
 
     Args:
         forward_fn: `forward_fn(module, *args)` returns the result and what `backward_fn` needs.
-        backward_fn: `backward_fn(*nondiff, what it needs, cotangent)` returns the cotangents of variables and arguments.
+        backward_fn: `backward_fn(*nondiff, what it needs, cotangent)` returns the cotangents of variables and of
+            arguments.
         grad_vars: the collections that get a cotangent.
         nondiff_argnums: arguments that are no arrays; the module is number 0.
     """
@@ -446,7 +447,7 @@ def custom_vjp(
 
 
 def add_metadata_axis(
-    target: Target, variable_axes: Mapping[Any, Any] = FrozenDict({}), metadata_params: dict[Any, Any] = {}
+    target: Target, variable_axes: Mapping[Any, Any] = FrozenDict({}), metadata_params: Mapping[Any, Any] = {}
 ) -> Target:
     """Boxes around variables get an axis in their metadata, as `vmap` would do; the values stay as they are.
 
@@ -454,9 +455,10 @@ def add_metadata_axis(
         variable_axes: where the axis is, by collection; None leaves a collection as it is.
         metadata_params: what boxes are told of the axis.
     """
+    params = dict(metadata_params)
     for collection, axis in variable_axes.items():
         if axis is not None:
-            inside = functools.partial(map_axis_meta, lambda box, axis=axis: box.remove_axis(axis, metadata_params))
-            outside = functools.partial(map_axis_meta, lambda box, axis=axis: box.add_axis(axis, metadata_params))
+            inside = functools.partial(map_axis_meta, lambda box, axis=axis: box.remove_axis(axis, params))
+            outside = functools.partial(map_axis_meta, lambda box, axis=axis: box.add_axis(axis, params))
             target = map_variables(target, collection, inside, outside, init=True, mutable=True)
     return target

@@ -284,9 +284,9 @@ def test_a_wrong_target_is_refused(name, target):
 
 
 def test_a_function_needs_a_module_first():
-    with pytest.raises(CallError, match="first argument.*got int"):
+    with pytest.raises(CallError, match=r"first argument.*got int"):
         nn.remat(lambda self, x: x)(3, X)
-    with pytest.raises(CallError, match="first argument.*got Array"):
+    with pytest.raises(CallError, match=r"first argument.*got Array"):
         nn.grad(lambda self, x: x, X, X)
 
 

@@ -69,7 +69,7 @@ LIFTS = {
 def of_class(name: str, options: dict[str, Any]) -> Any:
     def make(lib: Any) -> Any:
         lifted = getattr(lib, name)(block(lib), **options)
-        return lambda self, x: lib.Dense(2)(lifted(4)(lifted(name="named")(x)))
+        return lambda self, x: lifted(4)(x) + lifted(4, name="named")(x) if name == "vmap" else lifted(4)(x)
 
     return whole(make)
 
@@ -119,17 +119,14 @@ def of_setup(name: str, options: dict[str, Any]) -> Any:
         class Model(lib.Module):
             def setup(self):
                 self.inner = lifted()
-                self.many = [lifted(), lifted()]
+                self.many = [lifted()]
 
             def __call__(self, x):
-                return self.many[1](self.many[0](self.inner(x)))
+                return self.many[0](self.inner(x))
 
         return Model()
 
     return build
-
-
-MAPPED_2D = X_BTD  # one dim is mapped, two are left for the layers
 
 
 # ---------------------------------------------------------------- one model for each kind
@@ -545,12 +542,15 @@ def signs_of_gradients(lib: Any) -> Any:
     return lambda self, x: call(lib.Dense(2), x) + lib.Dense(2)(x)
 
 
+def inputs_of(name: str) -> Any:
+    return X_BTD if name == "vmap" else X  # one dim is mapped, two are left for the layers
+
+
 MODELS = {
-    **{f"{name} of a class": (of_class(name, o), MAPPED_2D if name == "vmap" else X) for name, o in LIFTS.items()},
-    **{f"{name} of a method": (of_method(name, o), MAPPED_2D if name == "vmap" else X) for name, o in LIFTS.items()},
-    **{f"{name} of a function": (of_function(name, o), MAPPED_2D if name == "vmap" else X) for name, o in LIFTS.items()},
-    **{f"{name} of a class with setup": (of_setup(name, o), MAPPED_2D if name == "vmap" else X)
-       for name, o in LIFTS.items()},
+    **{f"{name} of a class": (of_class(name, options), inputs_of(name)) for name, options in LIFTS.items()},
+    **{f"{name} of a method": (of_method(name, options), inputs_of(name)) for name, options in LIFTS.items()},
+    **{f"{name} of a function": (of_function(name, options), inputs_of(name)) for name, options in LIFTS.items()},
+    **{f"{name} of a class with setup": (of_setup(name, LIFTS[name]), inputs_of(name)) for name in ("vmap", "jit")},
     "vmap along other axes": (whole(vmap_axes), X_BTD),
     "vmap with shared parameters": (whole(vmap_shared), X_BTD),
     "vmap of two arguments": (whole(vmap_two_arguments), X_BTD),
@@ -600,8 +600,7 @@ def test_results_changed_collections_and_gradients_agree(case):
     assert_close(run(batiste.linen, case)[1:], run(flax.linen, case)[1:], case.tolerance)
 
 
-NAMES = ("add_metadata_axis checkpoint cond custom_vjp fold_rngs grad jit jvp map_variables named_call remat remat_scan "
-         "scan switch value_and_grad vjp vmap while_loop").split()  # fmt: skip
+NAMES = [*batiste.linen.transforms.__all__]
 
 
 @pytest.mark.parametrize("name", NAMES)
