@@ -18,6 +18,7 @@ from batiste.linen.filters import (
 from batiste.linen.functional import apply, bind, init, lazy_init
 from batiste.linen.keys import LazyRng
 from batiste.linen.scope import Scope, Variable
+from batiste.typing import Array
 
 from .frozen_dict import FrozenDict
 
@@ -28,7 +29,7 @@ FrozenVariableDict = FrozenDict[str, Collection]
 MutableVariableDict = dict[str, MutableCollection]
 
 __all__ = [
-    "Collection", "CollectionFilter", "DenyList", "FrozenVariableDict", "LazyRng", "MutableCollection",
+    "Array", "Collection", "CollectionFilter", "DenyList", "FrozenVariableDict", "LazyRng", "MutableCollection",
     "MutableVariableDict", "Scope", "Variable", "VariableDict", "apply", "bind", "filter_to_set", "group_collections",
     "in_filter", "init", "intersect_filters", "is_filter_empty", "lazy_init", "subtract_filters", "union_filters",
 ]  # fmt: skip
