@@ -119,10 +119,15 @@ def constrained(x: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh | None = 
     mesh = current_mesh() if mesh is None else mesh
     if mesh.empty:
         return x
-    sharding, kinds = on_mesh(mesh, spec), set(mesh.axis_types)
-    if len(kinds) > 1 or AxisType.Manual in kinds:  # JAX knows which axes are the compiler's
-        return jax.lax.with_sharding_constraint(x, sharding)
-    return jax.tree.map(lambda leaf: put(leaf, sharding), x)
+    sharding = on_mesh(mesh, spec)
+    explicit = set(mesh.axis_types) == {AxisType.Explicit}
+
+    def constrain(leaf: Any) -> Any:
+        if explicit or isinstance(leaf, jax.ShapeDtypeStruct):
+            return put(leaf, sharding)
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+
+    return jax.tree.map(constrain, x)
 
 
 class Partitioned(struct.PyTreeNode, AxisMetadata[A]):

@@ -9,6 +9,7 @@ Boxes (`linen.boxes`) say the same inside the tree of variables itself; new prog
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ from . import lift, transforms
 from .context import running
 from .module import Module
 from .scope import Scope, Variable
-from .spmd import RulesFallback, logical_to_mesh, logical_to_mesh_axes, with_logical_constraint
+from .spmd import RulesFallback, is_names, logical_to_mesh, logical_to_mesh_axes, with_logical_constraint
 
 __all__ = [
     "AxisMetadata",
@@ -65,11 +66,6 @@ class AxisMetadata:
     """The names of the axes of one variable, or of each part of one that is a tree; a pytree without leaves."""
 
     names: Axes = struct.field(pytree_node=False)
-
-
-def _is_names(x: Any) -> bool:
-    """Whether `x` names the axes of an array, and is no tree of such names."""
-    return x is None or isinstance(x, (tuple, PartitionSpec))
 
 
 # ---------------------------------------------------------------- variables with axes
@@ -169,7 +165,7 @@ def get_axis_names(axes_metadata: Mapping[str, Any]) -> FrozenDict:
             if isinstance(x, Mapping):
                 found[key] = specs(x)
             else:
-                found[key.removesuffix(SUFFIX)] = jax.tree.map(spec, x.names, is_leaf=_is_names)
+                found[key.removesuffix(SUFFIX)] = jax.tree.map(spec, x.names, is_leaf=is_names)
         return found
 
     return freeze(specs(axes_metadata))
@@ -187,7 +183,7 @@ def _map_names(change: Callable[[list[Any]], None], tree: Any) -> Any:
         return tuple(new)
 
     def visit(x: AxisMetadata) -> AxisMetadata:
-        return x.replace(names=jax.tree.map(changed, x.names, is_leaf=_is_names))
+        return dataclasses.replace(x, names=jax.tree.map(changed, x.names, is_leaf=is_names))
 
     return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, AxisMetadata))
 
@@ -199,9 +195,7 @@ def _naming(target: transforms.Target, collection: str, axis: Any, name: str, me
         return target
     inside = functools.partial(_map_names, lambda names: names.pop(axis))
     outside = functools.partial(_map_names, lambda names: names.insert(axis, name))
-    return transforms.map_variables(
-        target, collection + SUFFIX, inside, outside, init=True, mutable=True, methods=methods
-    )
+    return transforms.map_variables(target, collection + SUFFIX, inside, outside, mutable=True, methods=methods)
 
 
 def vmap_with_axes(

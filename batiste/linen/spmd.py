@@ -24,7 +24,8 @@ from batiste.graph.errors import ArgumentError
 from batiste.graph.placement import Rules
 from batiste.sharding import get_logical_axis_rules, logical_axis_rules, set_logical_axis_rules
 
-from .boxes import LogicalNames, Partitioned, constrained, global_mesh_defined
+from .boxes import LogicalNames, Partitioned, global_mesh_defined
+from .boxes import constrained as _with_sharding_constraint
 
 __all__ = [
     "LogicallyPartitioned",
@@ -107,7 +108,7 @@ def _is_spec_or_none(x: Any) -> bool:
     return x is None or isinstance(x, PartitionSpec)
 
 
-def _is_names(x: Any) -> bool:
+def is_names(x: Any) -> bool:
     """Whether `x` names the dims of an array, and is no tree of such names."""
     if _is_spec_or_none(x):
         return True
@@ -156,9 +157,10 @@ def with_logical_constraint(
                 raise ArgumentError(f"Axis names {names} did not match a rule", expected=f"rules among {rules}",
                                     fix="add a rule for each name; (name, None) leaves its dim whole")  # fmt: skip
             return part
-        return constrained(part, PartitionSpec(*(None if e is _UNASSIGNED else e for e in found)), mesh)
+        spec = PartitionSpec(*(None if entry is _UNASSIGNED else entry for entry in found))
+        return _with_sharding_constraint(part, spec, mesh=mesh)
 
-    return jax.tree.map(constrain, logical_axis_resources, x, is_leaf=_is_names)
+    return jax.tree.map(constrain, logical_axis_resources, x, is_leaf=is_names)
 
 
 class LogicallyPartitioned(Partitioned[A]):
