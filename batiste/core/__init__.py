@@ -15,6 +15,7 @@ _HOMES = {
     "batiste.core.lift": "custom_vjp jit jvp remat remat_scan scan vjp vmap while_loop",
     "batiste.core.axes_scan": "broadcast",
     "batiste.core.tracers": "check_trace_level current_trace",
+    "jax": "Array",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))

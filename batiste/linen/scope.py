@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -46,6 +47,9 @@ from .keys import LazyRng, fold_in, is_key
 # ---------------------------------------------------------------- scopes
 
 
+_parents: weakref.WeakKeyDictionary[Scope, weakref.ref[Scope]] = weakref.WeakKeyDictionary()
+
+
 class Base:
     """The path at which a frame begins. All are equal: programs of scopes that differ in it alone are the same."""
 
@@ -59,6 +63,16 @@ class Base:
 
     def __hash__(self) -> int:
         return hash(Base)
+
+
+class Shown(Base):
+    """How paths are shown: the names of the transforms that their scopes went through. All are equal, too."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: Mapping[tuple[str, ...], str]):
+        super().__init__(())
+        self.names = names
 
 
 class Frame(Object):
@@ -85,6 +99,7 @@ class Frame(Object):
         self.flags = dict(flags)
         self.given: dict[str, bool] = {}  # collections that the call was given: is there something in them?
         self.base = Base(base)
+        self.shown = Shown({})
         self.valid = True
 
 
@@ -148,11 +163,13 @@ class Scope(Object):
 
     @property
     def debug_path(self) -> tuple[str, ...]:
-        return self.path
+        """The path, with the transforms that each scope went through: `("vmap(dense)", "kernel")`."""
+        names, path = self.frame.shown.names, self.path
+        return tuple(names.get(path[: n + 1], name) for n, name in enumerate(path)) if names else path
 
     @property
     def path_text(self) -> str:
-        return "/" + "/".join(self.path)
+        return "/" + "/".join(self.debug_path)
 
     @property
     def mutable(self) -> Any:
@@ -171,6 +188,20 @@ class Scope(Object):
     def invalidate(self) -> None:
         """Ends the call: the scopes of this frame can no longer be used to make or write anything."""
         self.frame.valid = False
+
+    @property
+    def parent(self) -> Scope | None:
+        """The scope above this one, if there is one in this trace."""
+        above = _parents.get(self)
+        return above() if above is not None else None
+
+    @property
+    def root(self) -> Scope:
+        """The topmost scope above this one."""
+        scope = self
+        while (above := scope.parent) is not None:
+            scope = above
+        return scope
 
     @property
     def invalid(self) -> bool:
@@ -260,7 +291,20 @@ class Scope(Object):
     def _make_child(self, name: str) -> Scope:
         child = Scope.at(self.frame, self._opened(name), (*self.steps, name), self._pytree__state.trace)
         self.children[name] = child
+        _parents[child] = weakref.ref(self)
         return child
+
+    def adopt(self) -> None:
+        """Makes the scopes below know who is above them: a transform has built them anew."""
+        for child in self.children.values():
+            _parents[child] = weakref.ref(self)
+            child.adopt()
+
+    def show_as(self, transform: str) -> None:
+        """From now on this scope's name is shown with the transform that it goes through."""
+        if path := self.path:
+            shown = f"{transform}({self.debug_path[-1]})"
+            self.frame.shown = Shown({**self.frame.shown.names, path: shown})
 
     def open_all(self) -> None:
         """Makes a scope of each subtree, down to the variables."""

@@ -85,6 +85,8 @@ class LiftedCall:
                 scope.open_all()
                 self._view(scope, self._frame(scope))
         self.views = [self.made[id(scope)] for scope in self.scopes]
+        for view in {id(view): view for view in self.views}.values():
+            view.show_as(name)
         self.counts = {id(frame): dict(frame.counts) for _, frame in self.frames.values()}
 
     # ------------------------------------------------------------ views
@@ -100,6 +102,7 @@ class LiftedCall:
                 for (path, name), count in old.counts.items()
                 if path[: len(steps)] == steps
             }
+            new.shown = old.shown
             self.frames[key], self.steps[id(new)] = (old, new), steps
         return self.frames[key][1]
 
@@ -152,6 +155,8 @@ class LiftedCall:
             at_entry = {key: frame.counts for key, frame in frames.items()}
             for key, frame in frames.items():
                 frame.counts = dict(self.counts[key])
+        for view in views:
+            view.adopt()
         out = fn(jax.tree.unflatten(self.structure, views), *args, **kwargs)
         if not self.folded:  # else they are a part of what a cached program leaves behind
             self.counts.update({key: frame.counts for key, frame in frames.items()})

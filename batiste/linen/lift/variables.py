@@ -97,6 +97,8 @@ class _Copies:
         trees = {col: tree for col, tree in trees.items() if in_filter(self.others, col)} | dict(self.map_in(mapped))
         cells = {col: {name: cell_of(col, x) for name, x in tree.items()} for col, tree in trees.items()}
         copy = Scope.at(self._frame(scope.frame), cells, scope.steps)
+        copy.frame.shown = scope.frame.shown
+        copy.show_as("map_variables")
         self.tops.append((scope, copy))
         return copy
 
