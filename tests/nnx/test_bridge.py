@@ -11,7 +11,7 @@ import pytest
 from batiste import linen, nnx
 from batiste.errors import InvalidRngError, ModifyScopeVariableError, ScopeCollectionNotFound
 from batiste.graph.errors import ArgumentError, CallError, RngError, StructureError
-from batiste.linen.boxes import AxisMetadata, unbox
+from batiste.linen.boxes import AxisMetadata, Partitioned, unbox
 from batiste.nnx import bridge
 from batiste.nnx.bridge.variables import (
     get_col_name,
@@ -449,3 +449,13 @@ def test_a_scope_can_be_copied():
     scope.initializing = True
     copy = scope.copy()
     assert copy.mutable == ("cache",) and copy.initializing and copy.rngs is not scope.rngs
+
+
+def test_axis_names_of_an_initialiser_come_out_in_a_box():
+    with nnx.use_eager_sharding(False):
+        init = bridge.with_partitioning(jax.nn.initializers.ones, ("in", "out"))
+        kernel = bridge.to_linen(nnx.Linear, 3, 2, kernel_init=init).init(KEY, X)["params"]["kernel"]
+        assert isinstance(kernel, Partitioned) and kernel.names == ("in", "out")
+        assert bridge.ToNNX(linen.Dense(2, kernel_init=lambda *_: kernel), rngs=nnx.Rngs(0)).lazy_init(
+            X
+        ).kernel.out_sharding == ("in", "out")
