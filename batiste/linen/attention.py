@@ -251,11 +251,11 @@ class MultiHeadDotProductAttention(Lazy, of=_Attention):
     def _parts(self, depth: int, features: int) -> dict[str, Any]:
         """The modules that take the places of the layer's parts."""
         common: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        project = functools.partial(
+        project: Any = functools.partial(
             DenseGeneral, use_bias=self.use_bias, precision=self.precision, kernel_init=self.kernel_init,
             bias_init=self.bias_init, **common,
         )  # fmt: skip
-        one = functools.partial(
+        one: Any = functools.partial(
             project,
             (self.num_heads, depth),
             dot_general=self.qkv_dot_general,
@@ -263,7 +263,8 @@ class MultiHeadDotProductAttention(Lazy, of=_Attention):
         )
         parts: dict[str, Any] = {name: one(name=name) for name in ("query", "key", "value")}
         if self.normalize_qk:
-            parts |= {name: LayerNorm(use_bias=False, name=name, **common) for name in ("query_ln", "key_ln")}
+            norm: Any = functools.partial(LayerNorm, use_bias=False, **common)
+            parts |= {name: norm(name=name) for name in ("query_ln", "key_ln")}
         own = {"kernel_init": self.out_kernel_init, "bias_init": self.out_bias_init}
         parts["out"] = project(
             features,

@@ -114,8 +114,8 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
     def __call__(self, lhs: Array, rhs: Array, dimension_numbers: Any, precision: lax.PrecisionLike = None,
                  preferred_element_type: DTypeLike | None = None, **options: Any) -> Array:  # fmt: skip
         dtype = rhs.dtype
-        x = in_qdq(dtype, self.e4m3_dtype, jnp.asarray(lhs, dtype), *self.state("input"))
-        kernel = in_qdq(dtype, self.e4m3_dtype, rhs, *self.state("kernel"))
+        x: Any = in_qdq(dtype, self.e4m3_dtype, jnp.asarray(lhs, dtype), *self.state("input"))
+        kernel: Any = in_qdq(dtype, self.e4m3_dtype, rhs, *self.state("kernel"))
         y = dot_general_with_precision(x, kernel, dimension_numbers, preferred_element_type=preferred_element_type)
         return out_qdq(dtype, self.e5m2_dtype, y, *self.state("output_grad"))
 

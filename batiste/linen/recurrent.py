@@ -296,7 +296,7 @@ class ConvLSTMCell(RNNCellBase):
     @compact
     def __call__(self, carry: Pair, inputs: Array) -> tuple[Pair, Array]:
         c, h = carry
-        one = functools.partial(
+        one: Any = functools.partial(
             Conv,
             4 * self.features,
             self.kernel_size,

@@ -110,7 +110,7 @@ def out_qdq(compute_dtype: DTypeLike, q_dtype: DTypeLike, out: Array, scale: Arr
 
 out_qdq.defvjp(
     lambda compute_dtype, q_dtype, out, *state: (out, state),
-    lambda compute_dtype, q_dtype, state, g: quantize_dequantize_update(g, q_dtype, *state, compute_dtype),
+    lambda compute_dtype, q_dtype, state, g: quantize_dequantize_update(g, q_dtype, state[0], state[1], compute_dtype),
 )
 
 
@@ -166,7 +166,7 @@ def quantized_dot(
 
 
 def _quantized_dot_fwd(lhs: Array, q_lhs: Array, lhs_scale: Array, rhs: Array, q_rhs: Array, rhs_scale: Array,
-                       scale: Array, history: Array, dims: Any, preferred: Any) -> tuple[Array, Any]:  # fmt: skip
+                       scale: Array, history: Array, dims: Any, preferred: Any) -> tuple[Any, Any]:  # fmt: skip
     out = quantized_dot(lhs, q_lhs, lhs_scale, rhs, q_rhs, rhs_scale, scale, history, dims, preferred)
     return out, (lhs, q_lhs, lhs_scale, rhs, q_rhs, rhs_scale, scale, history)
 
@@ -217,8 +217,9 @@ def fp8_scaled_dot_general(
         e4m3_dtype: of the operands.
     """
     dtype = preferred_element_type or jnp.float32
-    q_lhs, lhs_scale = in_q(quantize_compute_type, e4m3_dtype, lhs, lhs_scale, lhs_amax_history)
-    q_rhs, rhs_scale = in_q(quantize_compute_type, e4m3_dtype, rhs, rhs_scale, rhs_amax_history)
+    of_lhs: Any = in_q(quantize_compute_type, e4m3_dtype, lhs, lhs_scale, lhs_amax_history)
+    of_rhs: Any = in_q(quantize_compute_type, e4m3_dtype, rhs, rhs_scale, rhs_amax_history)
+    (q_lhs, lhs_scale), (q_rhs, rhs_scale) = of_lhs, of_rhs
     y = quantized_dot(
         lhs, q_lhs, lhs_scale, rhs, q_rhs, rhs_scale, grad_scale, grad_amax_history, dimension_numbers, dtype
     )
