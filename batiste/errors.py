@@ -209,9 +209,10 @@ class PartitioningUnspecifiedError(DocumentedError):
     """A transform puts an axis on a partitioned variable and does not say how it is called."""
 
     def __init__(self, target: Any):
+        box = f"{type(target).__name__} with the axes {target.names}" if hasattr(target, "names") else target
         super().__init__(
             'Trying to transform a Partitioned variable but "partition_name" is not specified in metadata_params: '
-            f"{target}",
+            f"{box}",
             fix='pass metadata_params={"partition_name": name} to the transform; None leaves the axis unsharded',
         )
 
