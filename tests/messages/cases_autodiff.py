@@ -83,7 +83,7 @@ CASES = [
     ("a rule that returns too much", lambda: ruled(lambda model, g: g[0], nondiff_argnums=(only_bias,))),
     ("a rule that changes other Variables", unequal_rules),
     ("a module as a static argument", lambda: ruled(lambda model, g: g, nondiff_argnums=(0,))),
-    ("an unknown policy", lambda: nnx.remat(total, policy="dots")),
+    ("an unknown policy", lambda: nnx.remat(total, policy="some")),
     ("make_jaxpr of live objects", lambda: nnx.make_jaxpr(total)),
     ("eval_shape of one module twice", lambda: twice(lambda f, *args: nnx.eval_shape(f, *args, graph_updates=False))),
 ]  # fmt: skip
