@@ -24,7 +24,7 @@ from batiste.graph.errors import ArgumentError
 from batiste.graph.placement import Rules
 from batiste.sharding import get_logical_axis_rules, logical_axis_rules, set_logical_axis_rules
 
-from .boxes import LogicalNames, Partitioned, global_mesh_defined
+from .boxes import LogicalNames, Partitioned
 from .boxes import constrained as _with_sharding_constraint
 
 __all__ = [
@@ -145,7 +145,7 @@ def with_logical_constraint(
         ArgumentError: the mesh lacks an axis, or no rule fits and `fallback` is `RAISE_ERROR`.
     """
     rules = get_logical_axis_rules() if rules is None else rules
-    if not rules or logical_axis_resources is None or (mesh is None and not global_mesh_defined()):
+    if not rules or logical_axis_resources is None:
         return x
 
     def constrain(names: Any, part: Any) -> Any:
