@@ -59,6 +59,7 @@ MEGATRON: PathRules = (
     (f"{TABLE}/embedding", (("vocab", "rows"), None)),  # with its columns divided, activations would start divided
     (f"{HEAD}/kernel", (..., None, "vocab")),
     (f"{HEAD}/bias", (..., "vocab")),
+    ("{bias,scale}", (...,)),  # in a stack these are no vectors
 )
 """Column-parallel, row-parallel and vocabulary-parallel parameters, by the names that they usually have."""
 

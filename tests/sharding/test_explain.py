@@ -32,7 +32,7 @@ def test_a_table_without_a_model():
     row = found["blocks/0/up/kernel"]
     assert (row.shape, row.dtype, row.rule, row.spec) == ((16, 64), "float32", "path up/kernel", P("fsdp", "tensor"))
     assert row.bytes_per_device == 16 * 64 * 4 // 8
-    assert found["blocks/0/before_attn/scale"].rule == "too small to fill, or not divisible"
+    assert found["blocks/0/before_attn/scale"].rule == "path scale"
     with use(plan):
         model = decoder()
     local = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state(model)))

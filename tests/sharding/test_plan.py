@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from batiste import linen, nn
-from batiste.graph import List, Module, Param, Rngs, Sequential, VariableMetadata, make, state
+from batiste.graph import List, Module, Param, Rngs, Sequential, VariableMetadata, graphdef, make, state
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.sharding import (
     Plan,
@@ -23,6 +23,7 @@ from batiste.sharding import (
     fsdp_tensor,
     get_partition_spec,
     make_mesh,
+    ready_plan,
     tensor_parallel,
     use,
     with_partitioning,
@@ -68,6 +69,7 @@ def test_a_model_is_made_where_it_will_live_with_the_numbers_of_one_device():
     for x in jax.tree.leaves(state(model)):
         assert (x.sharding.mesh, x.committed) == (plan.mesh, True)
     jax.tree.map(np.testing.assert_array_equal, state(model, Param), state(one, Param))
+    assert graphdef(model) == graphdef(one)  # and so is a checkpoint of it
     assert current_plan() is None
 
 
@@ -180,6 +182,16 @@ def test_axis_names_of_the_model_mean_what_the_plan_says(explicit):
         assert get_partition_spec(model).kernel.get_value() == P(None, "tensor")
 
 
+def test_axis_names_of_the_layers_of_a_stack():
+    def layer(rngs):
+        return nn.Linear(16, 64, kernel_init=with_partitioning(normal, ("embed", "mlp")), rngs=rngs)
+
+    with use(ready_plan(fsdp=2, pipeline=2, tensor=2, least=64)):
+        stack = nn.Stack(layer, 4, rngs=Rngs(0))
+    assert stack.layers.kernel.out_sharding == ("layers", "embed", "mlp")
+    assert spec(stack.layers.kernel) == P("pipeline", "fsdp", "tensor")
+
+
 def test_names_and_fill_go_together():
     plan = fsdp_tensor(4, least=64)
     assert plan.decide("kernel", (16, 64), {"out_sharding": ("embed", "mlp")}).spec == P("fsdp", "tensor")
@@ -287,24 +299,24 @@ def test_variables_of_the_functional_face_are_made_by_the_same_rules():
     assert_near(sharded, grads(model.init(jax.random.key(0), x), x))
 
 
-class Box:
-    """A value with the names of its axes, as the functional face boxes them."""
-
-    def __init__(self, value, names):
-        self.value, self.names = value, names
-
-    def unbox(self, apply_constraint=True):
-        return self.value
-
-
-jax.tree_util.register_pytree_node(Box, lambda b: ((b.value,), b.names), lambda names, c: Box(c[0], names))
+class LinenNamed(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        logical = linen.with_logical_partitioning(normal, ("embed", "mlp"))
+        x = linen.Dense(64, kernel_init=logical, use_bias=False, name="a")(x)
+        x = linen.with_logical_constraint(x, ("batch", "mlp"))
+        direct = linen.with_partitioning(normal, ("tensor", None))
+        return linen.Dense(16, kernel_init=direct, use_bias=False, name="b")(x)
 
 
 def test_boxes_with_axis_names():
-    plan = fsdp_tensor(4, least=64)
-    made = plan.create(lambda key: {"params": {"kernel": Box(normal(key, (16, 64)), ("embed", "mlp"))}},
-                       jax.random.key(0))  # fmt: skip
-    assert made["params"]["kernel"].value.sharding.spec == P("fsdp", "tensor")
+    plan, x, model = fsdp_tensor(4, least=64), jnp.ones((8, 16)), LinenNamed()
+    variables = plan.create(model.init, jax.random.key(0), x)
+    assert variables["params"]["a"]["kernel"].value.sharding.spec == P("fsdp", "tensor")
+    assert variables["params"]["b"]["kernel"].value.sharding.spec == P("tensor", "fsdp")
+    with use(plan):
+        y = jax.jit(model.apply)(variables, plan.shard_batch(x))
+    np.testing.assert_allclose(y, model.apply(model.init(jax.random.key(0), x), x), atol=1e-6)
 
 
 def test_a_whole_model_in_one_program():

@@ -150,6 +150,7 @@ def test_rules_and_names_of_ones_own_come_first():
 
 def test_attention_that_is_written_with_plain_linear_layers():
     plan = tensor_parallel(4, data=-1)
+    assert plan.decide("blocks/layers/norm/scale", (3, 16)).spec == P()
     assert plan.decide("attn/q_proj/kernel", (16, 16)).spec == P(None, "tensor")
     assert plan.decide("attn/o_proj/kernel", (16, 16)).spec == P("tensor")
     assert plan.decide("attn/query/kernel", (16, 4, 4)).spec == P(None, "tensor")
