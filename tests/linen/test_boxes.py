@@ -84,8 +84,10 @@ def test_an_axis_beyond_the_names_leaves_room():
     assert nn.Partitioned(1, ("A",)).add_axis(3, LAYERS).names == ("A", None, None, "layers")
 
 
-@pytest.mark.parametrize(("params", "index", "error"), [({}, 0, PartitioningUnspecifiedError), (LAYERS, 0, ArgumentError),
-                                                  (LAYERS, 5, ArgumentError)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("params", "index", "error"),
+    [({}, 0, PartitioningUnspecifiedError), (LAYERS, 0, ArgumentError), (LAYERS, 5, ArgumentError)],
+)
 def test_another_axis_is_not_removed(params, index, error):
     with pytest.raises(error):
         nn.Partitioned(1, ("A", "B")).remove_axis(index, params)
