@@ -34,7 +34,9 @@ class _Reparameterised(Module):
         changed: dict[str, Array] = {}
 
         def change_once(path: Any, value: Any) -> Any:
-            name = "/".join((layer.name, *(entry.key for entry in path)))
+            name = "/".join(
+                (layer.name, *(entry.key for entry in path), *(["value"] if is_axis_metadata(value) else []))
+            )
             if name not in changed:
                 changed[name] = change(name, unboxed(value))
             return replace_boxed(value, changed[name])
@@ -120,7 +122,7 @@ class WeightNorm(_Reparameterised):
         feature_axes: dims along which norms and scales differ; None takes one norm of the whole.
         use_scale: learn the factor g, a parameter under the path of the weight; else it is 1.
         dtype: of the new weights; None for what they promote to.
-        variable_filter: parts of the paths of what counts as a weight; None for all.
+        variable_filter: parts of the paths of what counts as a weight; None, or no part, for all.
 
     Source: Salimans, Kingma 2016, "Weight Normalization", eq. 2.
     """
@@ -140,7 +142,7 @@ class WeightNorm(_Reparameterised):
 
     @nowrap
     def _normalised(self, path: str, value: Array) -> Array:
-        if self.variable_filter is not None and not any(part in path for part in self.variable_filter):
+        if self.variable_filter and not any(part in path for part in self.variable_filter):
             return value
         value = jnp.asarray(value)
         axes = () if self.feature_axes is None else as_tuple(self.feature_axes)
