@@ -12,14 +12,13 @@ from jax import Array
 from batiste import linen, struct
 from batiste.linen.context import in_module
 from batiste.linen.linear import default_embed_init, default_kernel_init
-from batiste.linen.module import Module
 from batiste.linen.scope import Scope
 from batiste.nn.initializers import Initializer, zeros
 
 __all__ = ["Embedding", "conv", "conv_transpose", "dense", "dense_general", "embedding", "run"]
 
 
-def run(module: type[Module], scope: Scope, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def run(module: Callable[..., Any], scope: Scope, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """The call of a module of these settings whose variables are those of `scope`."""
     with in_module(None):
         return module(**settings, parent=scope)(*args, **kwargs)

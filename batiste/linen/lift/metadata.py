@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def _change(scopes: Any, axis_of: AxisOf, change: Callable[[int, AxisMetadata], 
 
 
 @contextlib.contextmanager
-def within_axes(scopes: Any, axis_of: AxisOf, params: Mapping[Any, Any]) -> Iterator[None]:
+def within_axes(scopes: Any, axis_of: AxisOf, params: dict[Any, Any]) -> Iterator[None]:
     """While it lasts, boxes speak of their values without the axis of their collection."""
     _change(scopes, axis_of, lambda axis, box: box.remove_axis(axis, params))
     try:
