@@ -228,8 +228,9 @@ class MultiHeadDotProductAttention(Lazy, of=_Attention):
                           DeprecationWarning, stacklevel=2)  # fmt: skip
             inputs_k = inputs_v = inputs_kv
         elif inputs_v is not None and inputs_v.ndim > 3 and inputs_v.shape[-1] == inputs_v.shape[-2]:
-            warnings.warn(f"An array of shape {inputs_v.shape} is passed as inputs_v: if it is a mask, use the kwarg "
-                          "`mask` instead.", DeprecationWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(f"An array of shape {inputs_v.shape} is passed as inputs_v. If it is a mask, use the kwarg "
+                          "`mask` instead: the function signature of MultiHeadDotProductAttention's `__call__` method "
+                          "has changed.", DeprecationWarning, stacklevel=2)  # fmt: skip
         keys = inputs_q if inputs_k is None else inputs_k
         is_random = self.dropout_rate > 0 and not merge_param("deterministic", self.deterministic, deterministic)
         if is_random and dropout_rng is None:
