@@ -169,3 +169,9 @@ def test_options_reach_rich_and_the_free_function_is_the_method():
     text = nn.tabulate(nn.Dense(2), KEY, **kwargs)(X)
     assert "Hello" in text and "│  Dense │" in text
     assert text == nn.Dense(2).tabulate(KEY, X, **kwargs)
+
+
+def test_the_axes_of_a_partitioned_parameter_stand_beside_its_shape():
+    kernel_init = nn.with_partitioning(nn.initializers.ones, ("in", None))
+    text = nn.Dense(2, kernel_init=kernel_init).tabulate(KEY, X, console_kwargs=PLAIN)
+    assert "kernel: float32[5,2] P(in, None)" in text
