@@ -266,5 +266,5 @@ def _kept(tree: Mapping[str, Any], without: set[Path]) -> Iterator[tuple[str, An
 @outline.register(AxisMetadata)
 def _box(box: Any) -> str:
     names = getattr(box, "names", None)
-    axes = f" [dim]P[/dim]({escape(', '.join(map(str, names)))})" if names is not None else ""
+    axes = f" [dim]P[/dim]{escape(str(tuple(names)).replace(chr(39), ''))}" if names is not None else ""
     return outline(unbox(box)) + axes
