@@ -196,9 +196,18 @@ class Plan:
 
         `plan.create(model.init, key, x)` gives the variables of a model of the functional face.
         """
+        structure = []
+
+        def leaves(args: Any, kwargs: Any) -> list[Any]:
+            found, treedef = jax.tree.flatten(f(*args, **kwargs))
+            structure.append(treedef)  # of this trace: settings in it, such as an optax transformation, may be new ones
+            return found
+
         with _in_context(self):
-            shardings = self.shardings(jax.eval_shape(lambda: f(*args, **kwargs)))
-            return jax.jit(lambda a, k: f(*a, **k), out_shardings=shardings)(args, kwargs)
+            abstract = jax.eval_shape(lambda: f(*args, **kwargs))
+            shardings = jax.tree.leaves(jax.tree.broadcast(self.shardings(abstract), abstract))
+            made = jax.jit(leaves, out_shardings=shardings)(args, kwargs)
+        return structure[-1].unflatten(made)
 
     def settle(self, root: Any, pending: dict[int, Pending] | None = None) -> None:
         """Sends every Variable of an object to its place; inside a trace, constrains it to be there.
@@ -224,14 +233,14 @@ class Plan:
         """The step, after which every Variable of its arguments is where the plan says.
 
         `jit(plan.keep(step))` cannot return a parameter in another place than it came from, which would cost memory
-        and a second compilation.
+        and a second compilation. A step that returns trees takes `jit(step, out_shardings=plan.shardings(tree))`.
         """
 
         @functools.wraps(step)
         def kept(*args: Any, **kwargs: Any) -> Any:
             with _in_context(self):
                 out = step(*args, **kwargs)
-            for x in (*args, *kwargs.values()):
+            for x in jax.tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Pytree)):
                 if isinstance(x, Pytree):
                     self.settle(x)
             return out
