@@ -16,6 +16,7 @@ from batiste.graph import Module, Param, VariableMetadata, data, make
 from batiste.graph.birth import drawn
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.precision import promote_dtype
+from batiste.sharding import constrain_batch
 
 from . import initializers
 from .checks import check_last_dim, check_sizes, params_stream
@@ -423,7 +424,8 @@ class Embed(Module):
         (embedding,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if self.num_embeddings == 1:  # the one row, whatever the number
             return jnp.broadcast_to(embedding.reshape((1,) * ids.ndim + (-1,)), (*ids.shape, self.features))
-        return embedding.at[ids].get(mode="fill", out_sharding=out_sharding)
+        rows = embedding.at[ids].get(mode="fill", out_sharding=out_sharding)
+        return rows if ids.ndim < 2 else constrain_batch(rows)  # not divided as the columns of a plan's tables are
 
     def attend(self, query: Array, out_sharding: Any = None) -> Array:
         """logits[..., n] = query[..., features] @ embedding[n, features].T

@@ -56,7 +56,7 @@ MEGATRON: PathRules = (
     ("out/kernel", (None, "heads", None, None)),
     (f"{ROW}/kernel", (..., "mlp", None)),
     (f"{ROW}/bias", ()),
-    (f"{TABLE}/embedding", (("vocab", "rows"), None)),  # with its columns divided, activations would start divided
+    (f"{TABLE}/embedding", ("vocab", None)),
     (f"{HEAD}/kernel", (..., None, "vocab")),
     (f"{HEAD}/bias", (..., "vocab")),
     ("{bias,scale}", (...,)),  # in a stack these are no vectors
@@ -72,9 +72,8 @@ def meanings(mesh: Mesh) -> dict[str, Axes]:
 
     batch = tuple(axis for axis in ("data", "fsdp", "expert") if axis in mesh.axis_names)
     tensor = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab"), on("tensor"))
-    rows = on("fsdp") if "tensor" in mesh.axis_names else None
     return {"batch": batch or None, "expert": on("expert"), "layers": on("pipeline"),
-            "rows": rows, **tensor}  # fmt: skip
+            **tensor}  # fmt: skip
 
 
 def ready_plan(mesh: Mesh | None = None, *, rules: PathRules = (), names: dict[str, Axes] | None = None,
