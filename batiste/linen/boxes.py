@@ -199,7 +199,8 @@ class Partitioned(struct.PyTreeNode, AxisMetadata[A]):
     def to_nnx_metadata(self) -> dict[str, Any]:
         """The fields as metadata of a Variable, whose `out_sharding` are the names."""
         fields = dict(vars(self))
-        return {**fields, "out_sharding": fields.pop("names")}
+        names = fields.pop("names")
+        return {**fields, "out_sharding": names}
 
     @classmethod
     def from_nnx_metadata(cls, metadata: Mapping[str, Any]) -> Partitioned[Any]:
@@ -224,15 +225,19 @@ def with_partitioning(
     return initialize
 
 
+def _has_spec(x: Any) -> bool:
+    return is_axis_metadata(x) and hasattr(x, "get_partition_spec")
+
+
 def _spec(x: Any) -> PartitionSpec | None:
-    if isinstance(x, Partitioned):
+    if _has_spec(x):
         return x.get_partition_spec()
     return PartitionSpec() if hasattr(x, "shape") else None
 
 
 def get_partition_spec(tree: Any) -> Any:
     """`tree` with the PartitionSpecs of its boxes, `P()` for other arrays, and None for what is no array."""
-    return jax.tree.map(_spec, tree, is_leaf=lambda x: isinstance(x, Partitioned))
+    return jax.tree.map(_spec, tree, is_leaf=_has_spec)
 
 
 def get_sharding(tree: Any, mesh: Mesh) -> Any:
@@ -246,4 +251,4 @@ def get_sharding(tree: Any, mesh: Mesh) -> Any:
         spec = _spec(x)
         return None if spec is None else on_mesh(mesh, spec)
 
-    return jax.tree.map(sharding, tree, is_leaf=lambda x: isinstance(x, Partitioned))
+    return jax.tree.map(sharding, tree, is_leaf=_has_spec)

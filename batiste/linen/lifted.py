@@ -145,7 +145,7 @@ class Passage:
         """Lets the copy begin where the module outside has stopped."""
         state: _State = module._state
         state.in_setup, depth, names = self.before
-        state.setup_begun = state.in_setup
+        state.setup_called = state.in_setup
         module._try_setup()  # what it makes is not numbered as in a compact method
         state.compact_depth, state.names_made = depth, dict(names)
 

@@ -136,9 +136,9 @@ class Module(Bound):
 
     def _try_setup(self) -> None:
         state = vars(self)["_state"]
-        if self.scope is None or state.setup_begun:
+        if self.scope is None or state.setup_called:
             return
-        state.setup_begun = state.in_setup = True
+        state.setup_called = state.in_setup = True
         try:
             if type(self).setup is not Module.setup:
                 self.setup()

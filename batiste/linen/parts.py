@@ -42,7 +42,7 @@ class _State:
 
     in_setup: bool = False
     compact_depth: int = 0
-    setup_begun: bool = False
+    setup_called: bool = False
     names_made: dict[str, int] = dataclasses.field(default_factory=dict)
     names_taken: set[str] = dataclasses.field(default_factory=set)  # by the last run of the compact method
     children: dict[str, Any] = dataclasses.field(default_factory=dict)

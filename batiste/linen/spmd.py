@@ -184,7 +184,8 @@ class LogicallyPartitioned(Partitioned[A]):
 
     def to_nnx_metadata(self) -> dict[str, Any]:
         metadata = super().to_nnx_metadata()
-        return {**metadata, "sharding_rules": metadata.pop("rules")}
+        rules = metadata.pop("rules")
+        return {**metadata, "sharding_rules": rules}
 
     @classmethod
     def from_nnx_metadata(cls, metadata: Mapping[str, Any]) -> LogicallyPartitioned[Any]:

@@ -134,7 +134,9 @@ def _get_module_table(
             for number, row in rows.items():
                 if (part := parts.get(number)) is not None:
                     row.flops = flops(part) if compute_flops else 0
-                    row.vjp_flops = flops(part, backward=True) if compute_vjp_flops else 0
+                    if compute_vjp_flops:  # each gradient is added into its place
+                        trained = _variables_at(row.path, variables, {row.path}).get("params", {})
+                        row.vjp_flops = flops(part, backward=True) + Size.of(trained).elements
         return Table(module, sorted(variables), rows.values())
 
     return table_of

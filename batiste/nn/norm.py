@@ -171,7 +171,7 @@ class BatchNorm(Module):
         y, mean, var = normalize(average, _wide(x), _selection(mask, x))
         for statistic, new in ((self.mean, mean), (self.var, var)):
             followed = self.momentum * statistic[...] + (1 - self.momentum) * new.reshape(self.num_features)
-            statistic[...] = lax.stop_gradient(followed)
+            statistic.set_value(lax.stop_gradient(followed))  # as it is: a complex mean stays one
         return _affine(y, scale, bias, shape).astype(dtype)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -502,7 +502,8 @@ class InstanceNorm(Module):
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         features = _dims(self, "feature_axes", self.feature_axes, x.ndim)
         if 0 in features:
-            raise ArgumentError("The channel axes cannot include the leading dimension, which is the batch", at=self,
+            raise ArgumentError("The channel axes cannot include the leading dimension as this is assumed to be the batch "
+                                "axis.", at=self,
                                 got=f"feature_axes={self.feature_axes} for an input of {x.ndim} dims",
                                 fix="name the channels' dim in feature_axes, after the first")  # fmt: skip
         shape = _feature_shape(self, x, features, self.num_features)

@@ -92,9 +92,9 @@ def test_repeated_calls_and_other_methods_have_rows_where_asked_for():
 
 def test_costs_leave_the_initialisers_out():
     rows = table(nn.Dense(2), X, compute_flops=True, compute_vjp_flops=True)
-    product, addition, sum_over_rows = 2 * 3 * 5 * 2, 3 * 2, 2 * 2
+    product, addition, sum_over_rows, parameters = 2 * 3 * 5 * 2, 3 * 2, 2 * 2, 5 * 2 + 2
     assert rows[0][4:6] == ["flops", "vjp_flops"]
-    assert rows[1][4:6] == [str(product + addition), str(3 * product + addition + sum_over_rows)]
+    assert rows[1][4:6] == [str(product + addition), str(3 * product + addition + sum_over_rows + parameters)]
     with_parts = summary._get_module_table(Net(), None, True, True, False)(KEY, X, True)
     costs = {(row.path, row.method, row.inputs[0].shape[0] if isinstance(row.inputs, tuple) else row.inputs.shape[0]):
              row.flops for row in with_parts}  # fmt: skip
