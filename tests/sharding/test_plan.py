@@ -168,6 +168,31 @@ def test_optimizer_state_lives_where_its_parameters_do():
     assert all(leaf.sharding.mesh == mesh() for leaf in jax.tree.leaves(state(factored)))
 
 
+def test_a_step_leaves_everything_where_it_found_it():
+    plan = Plan(mesh(), paths=MLP, batch=("data",))
+
+    class Noisy(Mlp):
+        def __call__(self, x):
+            return self.down(self.drop(nn.relu(self.up(x))))
+
+    @jit
+    @plan.keep
+    def step(parts, x):
+        y = parts["model"](x)
+        parts["model"].up.kernel[...] += jnp.mean(y)
+        return y
+
+    with use(plan):
+        model = Noisy(Rngs(0))
+    before = [x.sharding for x in jax.tree.leaves(state(model))]
+    one = Noisy(Rngs(0))
+    x = jnp.ones((4, 16))
+    np.testing.assert_allclose(step({"model": model}, plan.shard_batch(x)), one.down(one.drop(nn.relu(one.up(x)))),
+                               atol=1e-5)  # fmt: skip
+    assert [x.sharding for x in jax.tree.leaves(state(model))] == before
+    assert int(model.drop.rngs.count[...]) == 1
+
+
 # ---------------------------------------------------------------- axis names
 class Named(Module):
     def __init__(self, rngs):

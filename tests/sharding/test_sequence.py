@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from batiste import nn
+from batiste import linen, nn
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.sharding import count_collectives, gather_attention, ready_plan, ring_attention, use
 from tests.sharding.decoder import assert_near, decoder, loss_and_grads, tokens
@@ -85,6 +85,18 @@ def test_a_decoder_with_divided_positions():
     counts = count_collectives(compiled)
     assert counts.pop("collective-permute") == 4  # keys and values, forward and backward
     assert set(counts) == {"all-reduce"}  # no positions are gathered
+
+
+def test_attention_of_the_functional_face():
+    x = jax.random.normal(keys[0], (B, T, 16))
+    whole = linen.MultiHeadDotProductAttention(num_heads=H)
+    divided = linen.MultiHeadDotProductAttention(num_heads=H, attention_fn=ring_attention)
+    variables, mask = whole.init(keys[1], x), linen.make_causal_mask(x[..., 0])
+    plan = ready_plan(data=2, sequence=4)
+    with use(plan):
+        y = jax.jit(lambda v, x: divided.apply(v, x, mask=mask))(variables, plan.shard_batch(x))
+    assert y.sharding.spec[:2] == ("data", "sequence")
+    assert_near(y, whole.apply(variables, x, mask=mask))
 
 
 def test_what_divided_attention_refuses():
