@@ -351,7 +351,8 @@ def msgpack_restore(encoded_pytree: bytes) -> Any:
         reader.feed(encoded_pytree)
         reader.skip()  # walks over everything, and stops where data is lacking, before anything is made of it
         del reader
-        return _unchunk_array_leaves_in_place(msgpack.unpackb(encoded_pytree, ext_hook=_msgpack_ext_unpack, raw=False, strict_map_key=False))
+        options = dict(ext_hook=_msgpack_ext_unpack, raw=False, strict_map_key=False)
+        return _unchunk_array_leaves_in_place(msgpack.unpackb(encoded_pytree, **options))
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         what = str(error) or type(error).__name__
         raise ArgumentError(

@@ -377,8 +377,8 @@ def _kind_name(x: Any) -> str:
 def inconsistent_error(x: Any, places: list[tuple[Path, Any]]) -> AliasError:
     lines = "\n".join(f"  {show_path(path)}: {label}" for path, label in places)
     return AliasError(
-        f"Inconsistent aliasing detected. The following nodes have different prefixes: one and the same {_kind_name(x)} "
-        f"stands at\n{lines}\n",
+        f"Inconsistent aliasing detected. The following nodes have different prefixes: one and the same "
+        f"{_kind_name(x)} stands at\n{lines}\n",
         fix="give the object the same axis, sharding or role wherever it is passed, or pass a copy (nnx.clone)",
     )
 

@@ -502,8 +502,8 @@ class InstanceNorm(Module):
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         features = _dims(self, "feature_axes", self.feature_axes, x.ndim)
         if 0 in features:
-            raise ArgumentError("The channel axes cannot include the leading dimension as this is assumed to be the batch "
-                                "axis.", at=self,
+            raise ArgumentError("The channel axes cannot include the leading dimension as this is assumed to be the "
+                                "batch axis.", at=self,
                                 got=f"feature_axes={self.feature_axes} for an input of {x.ndim} dims",
                                 fix="name the channels' dim in feature_axes, after the first")  # fmt: skip
         shape = _feature_shape(self, x, features, self.num_features)

@@ -63,7 +63,7 @@ def vmap(
     axis_size: int | None = None,
     axis_name: Hashable | None = None,
     spmd_axis_name: Hashable | None = None,
-    metadata_params: dict[Any, Any] = {},
+    metadata_params: dict[Any, Any] = {},  # noqa: B006  (the default that Flax shows; it is only read)
 ) -> Callable[..., Any]:
     """y[i] = fn(scopes[i], *args[i])
 

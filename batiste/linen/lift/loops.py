@@ -50,7 +50,7 @@ def scan(
     unroll: int = 1,
     _split_transpose: bool = False,
     data_transform: Callable[..., Any] | None = None,
-    metadata_params: dict[Any, Any] = {},
+    metadata_params: dict[Any, Any] = {},  # noqa: B006  (the default that Flax shows; it is only read)
     check_constancy_invariants: bool = True,
 ) -> Callable[..., Any]:
     """carry, y[i] = fn(scopes[i], carry, *args[i]) for i = 0, 1, …
