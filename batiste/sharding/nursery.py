@@ -12,6 +12,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from batiste.graph import Module, Rngs, RngStream, VariableMetadata
+from batiste.graph.birth import drawn
+from batiste.graph.errors import TraceContextError
+from batiste.graph.placement import put
 
 
 class Nursery:
@@ -39,7 +42,7 @@ class Nursery:
     def born(self, init: Callable[..., Any], key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """`init(key, shape, dtype)`, computed where it is to be."""
         if self.depth == 0:  # no constructor that could tell its path
-            return init(key, shape, dtype)
+            return drawn(init, key, shape, dtype)
         return computed(init, key, tuple(shape), dtype, self.birthplace(tuple(shape)))
 
 
@@ -49,27 +52,40 @@ def is_model(root: Any) -> bool:
 
 
 def computed(init: Callable[..., Any], key: Any, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
-    """`init(key, shape, dtype)` with its result in this place; initialisers that do the same share one program."""
+    """`init(key, shape, dtype)` with its result in this place; initialisers that do the same share one program.
+
+    Initialisers run once, whatever else they do. Those that cannot be traced compute their value as they always do.
+    """
     metadata: list[VariableMetadata] = []
 
     def value(key: Any) -> Any:
-        made = init(key, shape, dtype)
+        made = drawn(init, key, shape, dtype)
         if type(made) is VariableMetadata:
             metadata.append(made)
             return made.raw_value
         return made
 
-    made = birth_program(value, key, sharding)(key)
+    try:
+        closed, out = jax.make_jaxpr(value, return_shape=True)(key)
+    except (TraceContextError, jax.errors.JAXTypeError):  # it draws from a stream of its own, or looks at numbers
+        metadata.clear()
+        made = jax.tree.map(lambda x: put(x, sharding), value(key))
+    else:
+        program = birth_program(closed.jaxpr, jax.tree.structure(out), sharding)
+        made = program(closed.consts, jax.tree.leaves(key))
     return dataclasses.replace(metadata[0], raw_value=made) if metadata else made
 
 
-_programs: dict[Any, Callable[[Any], Any]] = {}
+_programs: dict[Any, Any] = {}
 
 
-def birth_program(value: Callable[[Any], Any], key: Any, sharding: NamedSharding) -> Callable[[Any], Any]:
-    """The compiled `value`, one for all functions that are traced to the same program."""
-    closed, out = jax.make_jaxpr(value, return_shape=True)(key)
-    program = jax.jit(value, out_shardings=sharding)
-    if closed.consts:
-        return program
-    return _programs.setdefault((str(closed), jax.tree.structure(out), sharding), program)
+def birth_program(jaxpr: Any, treedef: Any, sharding: NamedSharding) -> Any:
+    """`f(consts, leaves of the key)`, compiled: one for all that are written alike."""
+    name = str(jaxpr), treedef, sharding
+    if name not in _programs:
+
+        def run(consts: list[Any], leaves: list[Any]) -> Any:
+            return treedef.unflatten(jax.core.eval_jaxpr(jaxpr, consts, *leaves))  # type: ignore[attr-defined]
+
+        _programs[name] = jax.jit(run, out_shardings=sharding)
+    return _programs[name]

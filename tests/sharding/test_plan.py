@@ -73,11 +73,16 @@ def test_a_model_is_made_where_it_will_live_with_the_numbers_of_one_device():
     assert current_plan() is None
 
 
+def program_of(init, shape, sharding):
+    closed, out = jax.make_jaxpr(lambda key: init(key, shape, jnp.float32), return_shape=True)(jax.random.key(0))
+    return birth_program(closed.jaxpr, jax.tree.structure(out), sharding)
+
+
 def test_a_kernel_is_never_whole_on_a_device():
     plan = fsdp()
     shape, share = (1024, 512), 1024 * 512 * 4 // 8
-    program = birth_program(lambda key: normal(key, shape, jnp.float32), jax.random.key(0), plan.birthplace(shape))
-    memory = program.lower(jax.random.key(0)).compile().memory_analysis()  # type: ignore[attr-defined]
+    program = program_of(normal, shape, plan.birthplace(shape))
+    memory = program.lower([], [jax.random.key(0)]).compile().memory_analysis()
     assert memory.output_size_in_bytes == share
     assert memory.temp_size_in_bytes <= 4 * share
     made = computed(normal, jax.random.key(0), shape, jnp.float32, plan.birthplace(shape))
@@ -96,11 +101,36 @@ def test_the_bytes_of_a_model_are_divided():
 
 def test_initialisers_that_do_the_same_share_a_program():
     place = fsdp().birthplace((8, 8))
-    programs = [birth_program(lambda key, s=s: s(key, (8, 8)), jax.random.key(0), place)
-                for s in (jax.nn.initializers.normal(0.5), jax.nn.initializers.normal(0.5))]  # fmt: skip
-    assert programs[0] is programs[1]
-    other = birth_program(lambda key: jax.nn.initializers.normal(0.25)(key, (8, 8)), jax.random.key(0), place)
-    assert other is not programs[0]
+    one, same, other = (program_of(jax.nn.initializers.normal(scale), (8, 8), place) for scale in (0.5, 0.5, 0.25))
+    assert one is same
+    assert one is not other
+
+
+def test_initialisers_run_once_whatever_else_they_do():
+    calls = []
+
+    def counting(key, shape, dtype):
+        calls.append(shape)
+        return jnp.full(shape, len(calls), dtype)
+
+    def looking(key, shape, dtype):
+        return jnp.full(shape, float(jax.random.uniform(key)), dtype)
+
+    def build():
+        rngs = Rngs(0)
+
+        def drawing(key, shape, dtype):
+            return rngs.params.normal(shape, dtype)
+
+        return [nn.Linear(8, 8, kernel_init=init, rngs=rngs) for init in (counting, counting, looking, drawing)]
+
+    one, calls[:] = build(), []
+    with use(fsdp(least=64)):
+        model = build()
+    assert calls == [(8, 8), (8, 8)]
+    for a, b in zip(model, one):
+        np.testing.assert_array_equal(a.kernel[...], b.kernel[...])
+        assert spec(a.kernel) == P("fsdp")
 
 
 def test_an_initialiser_that_hands_out_an_array_and_one_that_brings_metadata():
