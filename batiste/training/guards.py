@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards: what a training step does about values that are not finite or that spike, decided on the device.
+
+    ok = finite(loss, gradients, what the update made) and (loss, norm) ≤ mean + sigma · deviation
+
+A step that is not ok is left out, clipped or rolled back by `where(ok, new, old)` over all that it carries: parameters,
+statistics, random streams, optimizer, averages. So a run that skipped a batch is, bit for bit, a run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from batiste.graph import List, Pytree, Variable, data
+from batiste.graph.errors import ArgumentError, BatisteError
+
+__all__ = ["FINE", "NONFINITE", "SPIKE", "Guard", "LossScale", "NonFiniteError", "StepState"]
+
+FINE, NONFINITE, SPIKE = 0, 1, 2
+"""What a guard says of a step: the metric `verdict`."""
+
+Policy = Literal["skip", "rollback", "raise", "off"]
+SpikePolicy = Literal["skip", "clip", "rollback", "raise", "off"]
+
+LEAST = 0.05  # a deviation below this share of the mean is taken for this share: a flat curve has no spikes
+
+
+class StepState(Variable):
+    """What a training step carries from call to call, beside the model and the optimizer."""
+
+
+class NonFiniteError(BatisteError, ArithmeticError):
+    """A guard stopped the training; the model is as it was before the batch that was the reason.
+
+    Attributes:
+        step: the number of the first step that was refused, where the loop knows it.
+        batch: its batch, where the loop still has it; `why_nan` of `batiste.debug` can replay it.
+    """
+
+    step: int | None = None
+    batch: Any = None
+
+
+class Guard(Pytree):
+    """Refuses steps whose values are not finite or spike, without asking the host.
+
+    Args:
+        nonfinite: `skip` the step; `rollback` to the last snapshot; `raise`, which freezes everything before the bad
+            batch until the host looks (`check`, which `fit` calls); `off`.
+        spike: the same choices, or `clip`: the gradient is scaled down to its usual norm.
+        sigma: how many deviations above the running mean a loss or a gradient's norm is a spike.
+        window: over how many steps mean and deviation run; spikes are looked for after as many.
+        patience: so many refused steps on end are not bad batches but a broken run, which stops as with `raise`. So
+            many spikes on end are the new level, which is accepted.
+        every: of rollback, the number of good steps between snapshots, which stay on the device.
+
+    Attributes:
+        skipped, spikes, clipped, rollbacks: how often, as Variables.
+    """
+
+    def __init__(
+        self,
+        nonfinite: Policy = "skip",
+        spike: SpikePolicy = "off",
+        *,
+        sigma: float = 6.0,
+        window: int = 128,
+        patience: int = 10,
+        every: int = 100,
+    ):
+        for name, value, known in (
+            ("nonfinite", nonfinite, ("skip", "rollback", "raise", "off")),
+            ("spike", spike, ("skip", "clip", "rollback", "raise", "off")),
+        ):
+            if value not in known:
+                raise ArgumentError(f"unknown policy for {name}", at="Guard", got=repr(value),
+                                    expected=", ".join(known), fix=f"pass {name}={known[0]!r}")  # fmt: skip
+        self.nonfinite, self.spike = nonfinite, spike
+        self.sigma, self.window, self.patience, self.every = sigma, window, patience, every
+        self.skipped, self.spikes, self.clipped, self.rollbacks = (_count() for _ in range(4))
+        self.streak, self.good, self.halted = _count(), _count(), StepState(jnp.array(False))
+        self.mean, self.square = StepState(jnp.zeros(2, jnp.float32)), StepState(jnp.zeros(2, jnp.float32))
+        self.snapshot: Any = data(None)
+
+    def prepare(self, carried: Sequence[Variable]) -> None:
+        """Makes room for the snapshot; called once, before the step is compiled."""
+        if self.snapshot is None and "rollback" in (self.nonfinite, self.spike):
+            self.snapshot = List([StepState(jax.tree.map(jnp.copy, v.get_value())) for v in carried])
+
+    def limit(self) -> jax.Array:
+        """limit[2] = mean + sigma · deviation, of the loss and of the gradient's norm; infinite in the beginning."""
+        mean = self.mean[...]
+        deviation = jnp.sqrt(jnp.maximum(self.square[...] - mean**2, 0.0))
+        limit = mean + self.sigma * jnp.maximum(deviation, LEAST * jnp.abs(mean))
+        return jnp.where(self.good[...] >= self.window, limit, jnp.inf)
+
+    def shrink(self, loss: jax.Array, norm: jax.Array) -> jax.Array:
+        """The factor for the gradients: below one where a spike is to be clipped."""
+        if self.spike != "clip":
+            return jnp.float32(1)
+        spiking = jnp.any(_figures(loss, norm) > self.limit())
+        self.clipped[...] += spiking.astype(jnp.int32)
+        usual = jnp.minimum(1.0, self.mean[...][1] / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+        return jnp.where(spiking, usual, 1.0)
+
+    def judge(self, loss: jax.Array, norm: jax.Array, carried: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
+        """Keeps or refuses what the step wrote into `carried`, which held `before`; returns the verdict."""
+        figures = _figures(loss, norm)
+        finite = jnp.isfinite(figures).all() & all_finite(v.get_value() for v in carried)
+        spiking = finite & jnp.any(figures > self.limit())
+        verdict = jnp.where(spiking, SPIKE, FINE) if self.spike != "off" else jnp.int32(FINE)
+        verdict = jnp.where(finite, verdict, NONFINITE if self.nonfinite != "off" else FINE)
+        refused = ((verdict == SPIKE) & (self.spike != "clip")) | (verdict == NONFINITE)
+        self._settle(verdict, refused, carried, before)
+        self._learn(figures, finite, refused, spiking)
+        return verdict.astype(jnp.int32)
+
+    def _settle(self, verdict: Any, refused: Any, carried: Sequence[Variable], before: Sequence[Any]) -> None:
+        """new, old or the snapshot, by verdict."""
+        chosen = {NONFINITE: self.nonfinite, SPIKE: self.spike}
+        halt, back = (sum(verdict == n for n, policy in chosen.items() if policy == word) > 0
+                      for word in ("raise", "rollback"))  # fmt: skip
+        frozen = self.halted[...]
+        back = back & ~frozen
+        self.halted[...] = frozen | halt | (refused & (self.streak[...] + 1 >= self.patience) & (verdict == NONFINITE))
+        keep = ~(refused | frozen)
+        take = keep & ((self.good[...] + 1) % self.every == 0)
+        for n, (variable, old) in enumerate(zip(carried, before)):
+            value = variable.get_value()
+            if value is not old:
+                value = jax.tree.map(lambda a, b: jnp.where(keep, a, b), value, old)
+            if self.snapshot is not None:
+                saved = self.snapshot[n]
+                value = jax.tree.map(lambda a, s: jnp.where(back, s, a), value, saved.get_value())
+                saved.set_value(jax.tree.map(lambda a, s: jnp.where(take, a, s), value, saved.get_value()))
+            if value is not old:
+                variable.set_value(value)
+        self.skipped[...] += (refused & ~frozen).astype(jnp.int32)
+        self.spikes[...] += ((verdict == SPIKE) & ~frozen).astype(jnp.int32)
+        self.rollbacks[...] += jnp.int32(back)
+
+    def _learn(self, figures: Any, finite: Any, refused: Any, spiking: Any) -> None:
+        """Mean and mean of squares over the window, of good steps alone; a level that stays is the new one."""
+        streak = jnp.where(refused, self.streak[...] + 1, 0)
+        level = spiking & (streak >= self.patience)
+        good = jnp.where(level, 0, self.good[...]) + (finite & ~spiking).astype(jnp.int32)
+        weight = jnp.where(finite & ~spiking, 1.0 / jnp.clip(good, 1, self.window), 0.0)
+        figures = jnp.where(finite, figures, 0.0)
+        self.mean[...] += weight * (figures - self.mean[...])
+        self.square[...] += weight * (figures**2 - self.square[...])
+        self.good[...], self.streak[...] = good, jnp.where(level, 0, streak)
+
+    def counts(self) -> dict[str, int]:
+        """How often what happened, as numbers: this waits for the device."""
+        return {name: int(getattr(self, name)[...]) for name in ("skipped", "spikes", "clipped", "rollbacks")}
+
+    def check(self) -> None:
+        """Waits for the device, and raises if the guard has stopped the training.
+
+        Raises:
+            NonFiniteError: it has.
+        """
+        if bool(self.halted[...]):
+            raise halted(self)
+
+    def go_on(self) -> None:
+        """Lets steps be taken again after the guard has stopped them."""
+        self.halted[...], self.streak[...] = jnp.array(False), jnp.array(0, jnp.int32)
+
+
+def halted(guard: Guard, step: int | None = None, batch: Any = None) -> NonFiniteError:
+    """The error of a guard that has stopped the training."""
+    error = NonFiniteError(
+        "the guard stopped the training: a loss, a gradient or what an update made was not finite or spiked",
+        at=None if step is None else f"step {step}",
+        got=", ".join(f"{count} {name}" for name, count in guard.counts().items()),
+        fix="look at the batch (error.batch) with batiste.debug.why_nan; the model is as it was before it. "
+        "Guard(nonfinite='skip') leaves single batches out, guard.go_on() goes on",
+    )
+    error.step, error.batch = step, batch
+    return error
+
+
+class LossScale(Pytree):
+    """gradients = ∂(scale · loss) / scale: small gradients stay above the smallest number of float16
+
+    A step whose gradients overflow is left out and halves the scale; after `interval` steps without, it doubles.
+
+    Source: Micikevicius et al. 2018, "Mixed precision training", section 3.2.
+    """
+
+    def __init__(self, scale: float = 2.0**15, *, interval: int = 2000, factor: float = 2.0, least: float = 1.0):
+        self.interval, self.factor, self.least = interval, factor, least
+        self.scale, self.steps = StepState(jnp.float32(scale)), _count()
+
+    def adapt(self, finite: jax.Array) -> None:
+        """After a step whose gradients were finite, or not."""
+        grow = finite & (self.steps[...] + 1 >= self.interval)
+        largest = jnp.finfo(jnp.float32).max / self.factor
+        factor = jnp.where(finite, jnp.where(grow, self.factor, 1.0), 1.0 / self.factor)
+        self.scale[...] = jnp.clip(self.scale[...] * factor, self.least, largest)
+        self.steps[...] = jnp.where(grow | ~finite, 0, self.steps[...] + 1)
+
+
+def all_finite(values: Iterable[Any]) -> jax.Array:
+    """Whether every float in these trees is finite."""
+    leaves = [x for x in jax.tree.leaves(list(values)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
+
+
+def _figures(loss: jax.Array, norm: jax.Array) -> jax.Array:
+    return jnp.stack([loss.astype(jnp.float32), norm.astype(jnp.float32)])
+
+
+def _count() -> StepState:
+    return StepState(jnp.array(0, dtype=jnp.int32))
