@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: batches in an order that a seed decides, read ahead, with a position that is part of a checkpoint.
+
+>>> import numpy as np
+>>> loader = Loader({"x": np.arange(6.0), "y": np.arange(6)}, batch=4, last="pad")
+>>> batches = prefetch(loader.feed(epochs=2), 2)        # on the device, two ahead; for ever with epochs=None
+>>> batch, position = next(batches), batches.state()    # position: a small dict, goes into the checkpoint
+>>> batches.restore(position)                           # goes on with the batch behind it
+>>> len(list(batches))
+3
+
+Any iterable and any Grain data set is a source as well: `feed(source)` gives it a position.
+"""
+
+from __future__ import annotations
+
+from .errors import DataError, DataTimeout, PositionError, SlowDataWarning, WorkerError
+from .feed import Feed, Position, feed
+from .loader import Loader
+from .packing import pack
+from .prefetch import prefetch
+
+__all__ = [
+    "DataError",
+    "DataTimeout",
+    "Feed",
+    "Loader",
+    "Position",
+    "PositionError",
+    "SlowDataWarning",
+    "WorkerError",
+    "feed",
+    "pack",
+    "prefetch",
+]

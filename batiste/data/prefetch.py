@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches on their way to the devices while the step before them runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+
+from batiste.graph.errors import ArgumentError
+from batiste.sharding import Plan
+
+from .errors import DataTimeout, SlowDataWarning
+from .feed import Feed, Position, feed
+
+Place = Plan | Sharding | Callable[[Any], Any] | None
+POLL = 0.2
+
+
+def prefetch(
+    source: Any, n: int = 2, place: Place = None, *, slow: float = 5.0, timeout: float | None = None
+) -> Feed[Any]:
+    """A feed whose batches are read by a thread and put on the devices up to `n` ahead of their use.
+
+    Its position is that of the batch handed out last, whatever has been read ahead. An error of the source is raised
+    where its batch would have been.
+
+    Args:
+        source: a feed, or what `feed` makes one of.
+        n: batches that are ready or on their way; 0 puts each on the devices when it is asked for, without a thread.
+        place: where the arrays go: a Plan (shared as its batches are), a Sharding, a function of a batch, or, if
+            None, JAX's default device. With several processes each passes its own rows.
+        slow: seconds without a batch after which a warning says so.
+        timeout: seconds without a batch after which a DataTimeout is raised.
+
+    >>> batches = prefetch([np.ones(2), np.zeros(2)])
+    >>> next(batches), batches.state()
+    (Array([1., 1.], dtype=float32), {'epoch': 0, 'item': 1})
+    """
+    if n < 0:
+        raise ArgumentError("prefetch got a wrong number of batches", got=n, expected="0 or more")
+    return Prefetch(feed(source), n, placing(place), slow, timeout)
+
+
+def placing(place: Place) -> Callable[[Any], Any]:
+    """The function that puts a batch where `place` says. Leaves that are no numbers, such as texts, stay."""
+    if callable(place) and not isinstance(place, Plan | Sharding):
+        return place
+
+    def put(x: Any) -> Any:
+        if not (isinstance(x, jax.Array) or np.asarray(x).dtype.kind not in "OUSMm"):
+            return x
+        sharding = NamedSharding(place.mesh, place.batch_spec(np.ndim(x))) if isinstance(place, Plan) else place
+        if sharding is not None and jax.process_count() > 1:
+            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        return jax.device_put(x, sharding)
+
+    if isinstance(place, Plan) and jax.process_count() == 1:
+        return lambda batch: place.shard_batch(batch)
+    return lambda batch: jax.tree.map(put, batch)
+
+
+class Prefetch(Feed[Any]):
+    """See `prefetch`. The thread knows the source and the queue, not this object, and ends with it."""
+
+    def __init__(self, source: Feed[Any], n: int, put: Callable[[Any], Any], slow: float, timeout: float | None):
+        self._source, self._n, self._put, self._slow, self._timeout = source, n, put, slow, timeout
+        self._state = source.state()
+        self._thread: Reading | None = None
+
+    def __next__(self) -> Any:
+        if self._n == 0:
+            batch, self._state = self._put(next(self._source)), self._source.state()
+            return batch
+        if self._thread is None:
+            if self._source.state() != self._state:
+                self._source.restore(self._state)  # it was closed while it was ahead
+            self._thread = Reading(self._source, self._put, self._n)
+            weakref.finalize(self, self._thread.stopped.set)
+        batch, state, error = self._wait(self._thread)
+        if error is not None:
+            self._stop()
+            raise error
+        self._state = state
+        return batch
+
+    def _wait(self, thread: Reading) -> tuple[Any, Position, BaseException | None]:
+        since, warned = time.monotonic(), False
+        while True:
+            try:
+                return thread.ready.get(timeout=POLL)
+            except queue.Empty:
+                waited = time.monotonic() - since
+            if self._timeout is not None and waited > self._timeout:
+                raise DataTimeout(
+                    "No batch comes", at=f"position {self._state}", got=f"{waited:.1f} s",
+                    expected=f"at most {self._timeout} s", fix="mend what reads the data, or allow more with timeout=",
+                )  # fmt: skip
+            if waited > self._slow and not warned:
+                warned = True
+                text = f"Waiting for data: no batch for {waited:.1f} s behind position {self._state}"
+                warnings.warn(text, SlowDataWarning, stacklevel=3)
+
+    def state(self) -> Position:
+        return self._state
+
+    def restore(self, state: Position) -> None:
+        if not self._stop():
+            raise DataTimeout("The data cannot go to a position: a read does not end", at=f"position {self._state}")
+        self._source.restore(state)
+        self._state = state
+
+    def close(self) -> None:
+        if self._stop():
+            self._source.close()
+
+    def _stop(self) -> bool:
+        """Whether nobody reads any more; a thread whose read does not end is left to itself."""
+        if self._thread is not None and self._thread.stop():
+            self._thread = None
+        return self._thread is None
+
+
+class Reading:
+    """The thread, and the queue of what it has read: batch, position behind it, error."""
+
+    def __init__(self, source: Feed[Any], put: Callable[[Any], Any], n: int):
+        self.ready: queue.Queue[tuple[Any, Position, BaseException | None]] = queue.Queue(n)
+        self.stopped = threading.Event()
+        work = (source, put, self.ready, self.stopped)
+        self.thread = threading.Thread(target=read, args=work, name="batiste-prefetch", daemon=True)
+        self.thread.start()
+
+    def stop(self, patience: float = 5.0) -> bool:
+        """Whether the thread has ended."""
+        self.stopped.set()
+        while patience > 0 and self.thread.is_alive():
+            self.thread.join(POLL)
+            patience -= POLL
+        return not self.thread.is_alive()
+
+
+def read(source: Feed[Any], put: Callable[[Any], Any], ready: queue.Queue, stopped: threading.Event) -> None:
+    """Fills the queue until the data end, an error comes, or it is told to stop."""
+    error: BaseException | None = None
+    while error is None and not stopped.is_set():
+        item: tuple[Any, Position, BaseException | None]
+        before = source.state()
+        try:
+            batch = next(source)
+            item = (put(batch), source.state(), None)
+        except BaseException as caught:
+            item, error = (None, {}, caught), caught
+            if not isinstance(caught, StopIteration):
+                caught.add_note(f"while reading the batch behind position {before}")
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=POLL)
+                break
+            except queue.Full:
+                continue

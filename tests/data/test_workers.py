@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker processes: the same batches as without, and every fault named with its record, within seconds."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from batiste.data import DataError, DataTimeout, Loader, SlowDataWarning, WorkerError, prefetch
+from batiste.graph.errors import ArgumentError
+from tests.data.records import Squares, noisy
+
+
+def test_the_batches_do_not_depend_on_the_workers_before_and_after_a_restore() -> None:
+    alone = list(Loader(Squares(), 5, record=noisy).feed(epochs=2))
+    with Loader(Squares(), 5, record=noisy, workers=2).feed(epochs=2) as feed:
+        some = [next(feed) for _ in range(3)]
+        position = feed.state()
+        more = [next(feed) for _ in range(2)]
+        feed.restore(position)
+        rest = list(feed)
+    jax.tree.map(np.testing.assert_array_equal, alone, some + rest)
+    jax.tree.map(np.testing.assert_array_equal, alone[3:5], more)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("raise", DataError, "OSError: the image is truncated at record 3, epoch 0, batch 1"),
+        ("killed", WorkerError, "was killed by SIGKILL at record 3, worker 0"),
+        ("exit", WorkerError, "ended with exit code 3 at record 3, worker 0"),
+        ("hang", DataTimeout, "takes too long at record 3, worker 0: got 1.. s, expected at most 1.0 s"),
+    ],
+)
+def test_a_fault_is_named_with_its_record_within_seconds(how: str, error: type[Exception], message: str) -> None:
+    loader = Loader(Squares(bad=3, how=how), 2, shuffle=False, workers=1, timeout=1.0)
+    with prefetch(loader) as feed:
+        next(feed)
+        since = time.monotonic()
+        with pytest.raises(error, match=message) as raised:
+            list(feed)
+    assert time.monotonic() - since < 5
+    assert raised.value.record == 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert any("epoch': 0, 'step': 1" in note for note in raised.value.__notes__)
+
+
+def test_a_slow_record_is_named_in_a_warning_and_waited_for() -> None:
+    loader = Loader(Squares(bad=3, how="slow"), 2, shuffle=False, workers=1, slow=0.2)
+    with (
+        pytest.warns(SlowDataWarning, match=r"worker 0 has been reading record 3 for 0\.\d s"),
+        loader.feed() as feed,
+    ):
+        assert len([next(feed) for _ in range(3)]) == 3
+
+
+def test_what_cannot_be_sent_to_a_worker_is_explained() -> None:
+    feed = Loader(Squares(), 4, record=lambda record, rng: record, workers=1).feed()
+    with pytest.raises(ArgumentError, match=r"Fix: define what reads the records at the top level of a module"):
+        next(feed)
+
+
+def test_a_feed_that_is_dropped_takes_its_workers_with_it() -> None:
+    feed: Any = Loader(Squares(), 4, workers=1).feed()
+    next(feed)
+    process = feed._batches.gi_frame.f_locals["self"].workers[0].process
+    assert process.is_alive()
+    with warnings.catch_warnings():
+        del feed
+    assert not process.is_alive()
