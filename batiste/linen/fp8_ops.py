@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from batiste.nn import initializers
-from batiste.nn.fp8 import (
+from batiste.precision.fp8 import (
     OVERWRITE_WITH_GRADIENT,
     compute_amax_history,
     compute_scale,
