@@ -6,11 +6,7 @@ The model is called once, on shapes alone, while the methods of its classes repo
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +16,6 @@ import jax
 from batiste.graph import (
     Dict,
     List,
-    Module,
-    Object,
     Pytree,
     RngStream,
     Variable,
@@ -32,6 +26,7 @@ from batiste.graph import (
 )
 from batiste.graph.errors import ArgumentError
 from batiste.graph.represent import sizes_by_kind
+from batiste.graph.watch import watching
 
 from .cost import flops, marked, region
 from .table import NO_OPTIONS, Line, Style, draw, escape, outline
@@ -39,7 +34,6 @@ from .table import NO_OPTIONS, Line, Style, draw, escape, outline
 __all__ = ["CallInfo", "filter_rng_streams", "tabulate"]
 
 Path = tuple[Any, ...]
-BASES = (Pytree, Object, Module, List, Dict)  # their methods are those of all models, and are not reported
 COLUMNS = ("path", "type", "inputs", "outputs")
 
 
@@ -155,7 +149,7 @@ def _calls(
                 call.outputs = "" if output is None else outline(output)
             return output
 
-        with _watching({type(x) for _, x in parts.values()}, report):
+        with watching({type(x) for _, x in parts.values()}, report):
             getattr(copy, method)(*args, **kwargs)
 
     jaxpr = jax.make_jaxpr(watched)(as_pure(leaves)).jaxpr
@@ -184,45 +178,6 @@ def _flops(part: Any, backward: bool) -> int:
 
 def _is_object(x: Any) -> bool:
     return isinstance(x, (Pytree, Variable))
-
-
-_patching = threading.Lock()
-
-
-@contextlib.contextmanager
-def _watching(types: set[type], report: Callable) -> Iterator[None]:
-    """For a while the public methods of the classes go through `report(self, name, function, args, kwargs)`."""
-    originals: list[tuple[type, str, Any]] = []
-    with _patching:
-        try:
-            for cls in {base for t in types for base in t.__mro__}:
-                for name, function in list(vars(cls).items()):
-                    if _is_reported(cls, name, function):
-                        originals.append((cls, name, function))
-                        setattr(cls, name, _reporting(name, function, report))
-            yield
-        finally:
-            for cls, name, function in originals:
-                setattr(cls, name, function)
-
-
-def _is_reported(cls: type, name: str, function: Any) -> bool:
-    if cls in BASES or not issubclass(cls, Pytree) or isinstance(function, (type, staticmethod, classmethod, property)):
-        return False
-    return callable(function) and hasattr(function, "__get__") and (name == "__call__" or not name.startswith("_"))
-
-
-def _reporting(name: str, function: Any, report: Callable) -> Callable:
-    def method(self, *args, **kwargs):
-        return report(self, name, _unbound(function), args, kwargs)
-
-    return functools.update_wrapper(method, function)
-
-
-def _unbound(function: Any) -> Callable:
-    if inspect.isfunction(function):
-        return function
-    return lambda self, *args, **kwargs: function.__get__(self, type(self))(*args, **kwargs)
 
 
 # ---------------------------------------------------------------- texts

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,10 @@ from batiste.graph import Param, Pytree, Variable, iter_graph
 from batiste.graph.errors import ArgumentError, BatisteError
 from batiste.graph.jaxcompat import key_name
 from batiste.graph.placement import put
+from batiste.graph.text import size_text, table
 
 from .plan import Plan, use
 from .values import contents, is_optimizer_state, is_value
-
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class Row(NamedTuple):
@@ -224,19 +223,3 @@ def device_bytes(device: Any) -> int | None:
 
 
 # ---------------------------------------------------------------- text
-def size_text(size: float) -> str:
-    """A number of bytes for people.
-
-    >>> size_text(1536)
-    '1.5 KiB'
-    """
-    power = min(len(UNITS) - 1, int(math.log(size, 1024)) if size >= 1 else 0)
-    return f"{size / 1024**power:.3g} {UNITS[power]}"
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Rows of cells in columns; the first row is the head."""
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join((lines[0], "-" * max(map(len, lines)), *lines[1:]))
