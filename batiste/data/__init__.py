@@ -3,11 +3,10 @@
 
 >>> import numpy as np
 >>> loader = Loader({"x": np.arange(6.0), "y": np.arange(6)}, batch=4, last="pad")
->>> batches = prefetch(loader.feed(epochs=2), 2)        # on the device, two ahead; for ever with epochs=None
->>> batch, position = next(batches), batches.state()    # position: a small dict, goes into the checkpoint
->>> batches.restore(position)                           # goes on with the batch behind it
->>> len(list(batches))
-3
+>>> batches = prefetch(loader, 2)       # on the device, two ahead
+>>> for batch in batches:               # an epoch
+...     position = batches.state()      # a small dict, for the checkpoint
+>>> batches.restore(position)           # the next iteration goes on behind that batch
 
 Any iterable and any Grain data set is a source as well: `feed(source)` gives it a position.
 """

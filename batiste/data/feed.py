@@ -71,10 +71,10 @@ def feed(source: Any, *, epochs: int | None = 1) -> Feed[Any]:
     """
     if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
         raise ArgumentError("feed got a wrong number of epochs", got=repr(epochs), expected="1 or more, or None")
+    if hasattr(source, "feed"):
+        return source.feed(epochs=epochs)  # a Loader
     if hasattr(source, "state") and hasattr(source, "restore"):
         return source
-    if hasattr(source, "feed"):
-        return source.feed(epochs=epochs)
     if hasattr(source, "to_iter_dataset"):
         source = source.to_iter_dataset()  # Grain's MapDataset
     if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__next__"):
@@ -96,8 +96,8 @@ class Cycled(Feed[Any]):
         self._iterator: Iterator[Any] | None = None
 
     def _fresh(self) -> Iterator[Any]:
-        source: Any = self._source
-        return iter(source() if callable(source) else source)
+        source: Any = self._source() if callable(self._source) else self._source
+        return iter(source)
 
     def __next__(self) -> Any:
         while self._epochs is None or self._epoch < self._epochs:

@@ -22,13 +22,14 @@ Random = np.random.Generator
 
 
 class Loader:
-    """Batches of `source`; iterating goes through it once, and the next time in another order.
+    """Batches of `source`; iterating goes through it once, an epoch, and the next time in another order.
 
     `source` is a dict, tuple or other tree of arrays of one length, which are gathered at once; or a sequence of
     records (anything with `len` and `[i]`, such as Grain's data sources and MapDatasets), read one by one and stacked.
 
     The batches are the same whatever the number of workers and processes, and after a restore: the order depends on
-    the seed and the epoch alone.
+    the seed and the epoch alone. `state()` is the position in the epoch that is under way; after `restore(position)`,
+    the next iteration goes through the rest of that epoch.
 
     Args:
         batch: rows of a batch, over all processes.
@@ -73,18 +74,59 @@ class Loader:
         self.reader = Reader(source, columns, seed, record, transform, weight if last == "pad" else None)
         self.workers, self.slow, self.timeout = workers, slow, timeout
         self._process = (process_index, process_count)
-        self._epoch = 0  # the one that the next iteration goes through
+        self._begin = (0, 0)  # epoch and step of the next iteration
+        self._current: Callable[[], LoaderFeed | None] = lambda: None
+        self.idle: list[Workers] = []
+        weakref.finalize(self, stop_all, self.idle)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return self.order.steps
 
     def __iter__(self) -> Feed[Any]:
-        return OneEpoch(self, self._epoch, self._epoch + 1)
+        """The next epoch, or the rest of the one that `restore` went to."""
+        (epoch, step), self._begin = self._begin, (self._begin[0] + 1, 0)
+        feed = LoaderFeed(self, (epoch, step), epoch + 1)
+        self._current = weakref.ref(feed)
+        return feed
 
     def feed(self, *, epochs: int | None = 1) -> Feed[Any]:
-        """The batches of `epochs` epochs from the first on; None for ever."""
-        return LoaderFeed(self, 0, epochs)
+        """The batches of `epochs` epochs from the first on, as one feed; None for ever."""
+        return LoaderFeed(self, (0, 0), epochs)
+
+    def state(self) -> Position:
+        """The position of the iteration that was begun last."""
+        current = self._current()
+        return self.position(*self._begin) if current is None else current.state()
+
+    def restore(self, state: Position) -> None:
+        """The next iteration begins at this position.
+
+        Raises:
+            PositionError: the position is not of these data.
+        """
+        self._begin, self._current = self.place(state), lambda: None
+
+    def position(self, epoch: int, step: int) -> Position:
+        """So many batches of an epoch are done."""
+        order = self.order
+        seed = order.seed if order.shuffle else None
+        return {"epoch": epoch, "step": step, "size": order.size, "batch": order.batch, "seed": seed}
+
+    def place(self, state: Position) -> tuple[int, int]:
+        """The epoch and the step of a position."""
+        epoch, step = integers(state, "epoch", "step")
+        got, mine = ({name: of.get(name) for name in ("size", "batch", "seed")} for of in (state, self.position(0, 0)))
+        if got != mine:
+            raise PositionError(
+                "The position is one of other data",
+                got=got,
+                expected=mine,
+                fix="use the data, batch, shuffle and seed that it was saved with, or start a new feed",
+            )
+        if step > len(self):
+            raise PositionError("The position lies past the end of an epoch", got=step, expected=f"at most {len(self)}")
+        return epoch, step
 
     def share(self) -> tuple[int, int]:
         """Index and count of the processes that share each batch."""
@@ -95,73 +137,71 @@ class Loader:
 
 
 class LoaderFeed(Feed[Any]):
-    """The batches of a Loader from epoch `epoch` to before epoch `end`."""
+    """The batches of a Loader from a place, epoch and step, to before epoch `end`."""
 
-    def __init__(self, loader: Loader, epoch: int, end: int | None):
+    def __init__(self, loader: Loader, place: tuple[int, int], end: int | None):
         self._loader, self._end = loader, end
+        self._epoch, self._step = place
         self._share = loader.share()
         self._batches: Iterator[Any] | None = None
-        self._stop: Callable[[], Any] | None = None
-        self._go(epoch, 0)
-
-    def _go(self, epoch: int, step: int) -> None:
-        self._epoch, self._step = epoch, step
+        self._workers: Workers | None = None
+        self._stop: Callable[[], Any] = lambda: None
 
     def __next__(self) -> Any:
         if self._batches is None:
             self._batches = self._start()
         try:
             batch = next(self._batches)
-        except BaseException:
-            self.close()  # after an error, the next call tries again
+        except StopIteration:
+            self._finish()
             raise
-        self._step += 1
+        except BaseException:
+            self.close()  # the next call tries again
+            raise
         if self._step == len(self._loader):
             self._epoch, self._step = self._epoch + 1, 0
+        self._step += 1
         return batch
 
     def state(self) -> Position:
-        order = self._loader.order
-        return {"epoch": self._epoch, "step": self._step, "size": order.size, "batch": order.batch,
-                "seed": order.seed if order.shuffle else None}  # fmt: skip
+        return self._loader.position(self._epoch, self._step)
 
     def restore(self, state: Position) -> None:
-        epoch, step = integers(state, "epoch", "step")
-        got, mine = ({name: of.get(name) for name in ("size", "batch", "seed")} for of in (state, self.state()))
-        if got != mine:
-            raise PositionError(
-                "The position is one of other data",
-                got=got,
-                expected=mine,
-                fix="use the data, batch, shuffle and seed that it was saved with, or start a new feed",
-            )
-        if step >= len(self._loader):
-            raise PositionError("The position lies past the end of an epoch", got=step, expected=len(self._loader))
+        place = self._loader.place(state)
         self.close()
-        self._go(epoch, step)
+        if self is self._loader._current():
+            self._end, self._loader._begin = place[0] + 1, (place[0] + 1, 0)
+        self._epoch, self._step = place
 
     def close(self) -> None:
-        self._batches = None
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        self._stop()
+        self._batches = self._workers = None
 
     def _start(self) -> Iterator[Any]:
         loader = self._loader
         tasks = tasks_of(loader.order, self._share, self._epoch, self._step, self._end)
         if not loader.workers:
             return (loader.reader(task, lambda record: None) for task in tasks)
-        workers = Workers(loader.reader, loader.workers, loader.slow, loader.timeout)
-        self._stop = weakref.finalize(self, workers.stop)
-        return workers.run(tasks)
+        if loader.idle:
+            self._workers = loader.idle.pop()
+        else:
+            self._workers = Workers(loader.reader, loader.workers, loader.slow, loader.timeout)
+        self._stop = weakref.finalize(self, self._workers.stop)
+        return self._workers.run(tasks)
+
+    def _finish(self) -> None:
+        """All is read: the epoch is over, and the workers wait for the next iteration."""
+        if self._step == len(self._loader):
+            self._epoch, self._step = self._epoch + 1, 0
+        if self._workers is not None and isinstance(self._stop, weakref.finalize):
+            self._stop.detach()
+            self._loader.idle.append(self._workers)
+            self._workers = None
 
 
-class OneEpoch(LoaderFeed):
-    """What iterating a Loader gives: the rest of the epoch that it stands in. The next iteration is of the next one."""
-
-    def _go(self, epoch: int, step: int) -> None:
-        super()._go(epoch, step)
-        self._end = self._loader._epoch = epoch + 1
+def stop_all(idle: list[Workers]) -> None:
+    for workers in idle:
+        workers.stop()
 
 
 def tasks_of(order: Order, share: tuple[int, int], epoch: int, step: int, end: int | None) -> Iterator[Task]:

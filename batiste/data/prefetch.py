@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -20,21 +20,30 @@ from batiste.sharding import Plan
 
 from .errors import DataTimeout, SlowDataWarning
 from .feed import Feed, Position, feed
+from .loader import Loader
 
 Place = Plan | Sharding | Callable[[Any], Any] | None
 POLL = 0.2
 
 
+@overload
+def prefetch(
+    source: Loader, n: int = 2, place: Place = None, *, slow: float = 5.0, timeout: float | None = None
+) -> Prefetched: ...
+@overload
 def prefetch(
     source: Any, n: int = 2, place: Place = None, *, slow: float = 5.0, timeout: float | None = None
-) -> Feed[Any]:
+) -> Feed[Any]: ...
+def prefetch(
+    source: Any, n: int = 2, place: Place = None, *, slow: float = 5.0, timeout: float | None = None
+) -> Feed[Any] | Prefetched:
     """A feed whose batches are read by a thread and put on the devices up to `n` ahead of their use.
 
     Its position is that of the batch handed out last, whatever has been read ahead. An error of the source is raised
     where its batch would have been.
 
     Args:
-        source: a feed, or what `feed` makes one of.
+        source: a feed, or what `feed` makes one of. Of a Loader it makes what can be iterated epoch by epoch, as it.
         n: batches that are ready or on their way; 0 puts each on the devices when it is asked for, without a thread.
         place: where the arrays go: a Plan (shared as its batches are), a Sharding, a function of a batch, or, if
             None, JAX's default device. With several processes each passes its own rows.
@@ -47,7 +56,10 @@ def prefetch(
     """
     if n < 0:
         raise ArgumentError("prefetch got a wrong number of batches", got=n, expected="0 or more")
-    return Prefetch(feed(source), n, placing(place), slow, timeout)
+    put = placing(place)
+    if isinstance(source, Loader):
+        return Prefetched(source, lambda batches: Prefetch(batches, n, put, slow, timeout))
+    return Prefetch(feed(source), n, put, slow, timeout)
 
 
 def placing(place: Place) -> Callable[[Any], Any]:
@@ -68,6 +80,36 @@ def placing(place: Place) -> Callable[[Any], Any]:
     return lambda batch: jax.tree.map(put, batch)
 
 
+class Prefetched:
+    """A Loader whose batches are prefetched."""
+
+    def __init__(self, loader: Loader, prefetching: Callable[[Feed[Any]], Feed[Any]]):
+        self.loader, self._prefetching = loader, prefetching
+        self._current: Callable[[], Feed[Any] | None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Feed[Any]:
+        batches = self._prefetching(iter(self.loader))
+        self._current = weakref.ref(batches)
+        return batches
+
+    def feed(self, *, epochs: int | None = 1) -> Feed[Any]:
+        """The batches of `epochs` epochs as one feed; None for ever."""
+        return self._prefetching(self.loader.feed(epochs=epochs))
+
+    def state(self) -> Position:
+        """The position of the iteration that was begun last."""
+        current = self._current()
+        return self.loader.state() if current is None else current.state()
+
+    def restore(self, state: Position) -> None:
+        """The next iteration begins at this position."""
+        self.loader.restore(state)
+        self._current = lambda: None
+
+
 class Prefetch(Feed[Any]):
     """See `prefetch`. The thread knows the source and the queue, not this object, and ends with it."""
 
@@ -77,19 +119,29 @@ class Prefetch(Feed[Any]):
         self._thread: Reading | None = None
 
     def __next__(self) -> Any:
+        if self._thread is None and self._source.state() != self._state:
+            self._source.restore(self._state)  # it was closed while it was ahead, or a batch could not be put
         if self._n == 0:
-            batch, self._state = self._put(next(self._source)), self._source.state()
-            return batch
+            return self._next_now()
         if self._thread is None:
-            if self._source.state() != self._state:
-                self._source.restore(self._state)  # it was closed while it was ahead
             self._thread = Reading(self._source, self._put, self._n)
             weakref.finalize(self, self._thread.stopped.set)
         batch, state, error = self._wait(self._thread)
         if error is not None:
             self._stop()
+            if isinstance(error, StopIteration):
+                self._state = state
             raise error
         self._state = state
+        return batch
+
+    def _next_now(self) -> Any:
+        try:
+            batch = self._put(next(self._source))
+        except StopIteration:
+            self._state = self._source.state()
+            raise
+        self._state = self._source.state()
         return batch
 
     def _wait(self, thread: Reading) -> tuple[Any, Position, BaseException | None]:
@@ -158,7 +210,7 @@ def read(source: Feed[Any], put: Callable[[Any], Any], ready: queue.Queue, stopp
             batch = next(source)
             item = (put(batch), source.state(), None)
         except BaseException as caught:
-            item, error = (None, {}, caught), caught
+            item, error = (None, source.state(), caught), caught
             if not isinstance(caught, StopIteration):
                 caught.add_note(f"while reading the batch behind position {before}")
         while not stopped.is_set():

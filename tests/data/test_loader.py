@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batiste.data import DataError, Loader, PositionError
+from batiste.data import DataError, Loader, PositionError, prefetch
 from batiste.graph.errors import ArgumentError, ShapeError
 from tests.data.records import Squares, noisy
 
@@ -57,6 +57,28 @@ def test_iterating_again_goes_through_the_next_epoch() -> None:
     third.restore(iter(loader).state())
     assert seen(third) == seen(loader.feed(epochs=3))[6:]
     assert seen(again) == seen(loader.feed(epochs=4))[9:]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 5])
+def test_a_loader_that_is_iterated_epoch_by_epoch_goes_on_from_its_position(done: int, ahead: bool) -> None:
+    def fresh() -> Any:
+        loader = Loader({"i": np.arange(24)}, 8)
+        return prefetch(loader) if ahead else loader
+
+    def epochs(loader: Any) -> list[list[list[int]]]:
+        return [seen(loader) for _ in range(3)]
+
+    first, second = fresh(), fresh()
+    seen(first)
+    under_way = iter(first)
+    for _, _ in zip(range(done), under_way):
+        pass
+    position = first.state()
+    assert (position["epoch"], position["step"]) == ((1, done) if done <= 3 else (2, 0))
+    rest = seen(under_way)
+    second.restore(position)
+    assert epochs(second) == ([rest] if done <= 3 else []) + epochs(first)[: 2 if done <= 3 else 3]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -165,7 +187,7 @@ def test_shares_that_cannot_be_are_explained(options: dict, message: str) -> Non
     [
         ({"size": 25}, "one of other data"),
         ({"seed": 7}, "one of other data"),
-        ({"step": 3}, "past the end of an epoch"),
+        ({"step": 4}, "past the end of an epoch"),
         ({"epoch": -1}, "no position of such data"),
         ({"step": None}, "no position of such data"),
     ],

@@ -67,7 +67,7 @@ def test_batches_lie_where_the_plan_says() -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error_with_its_position() -> None:
-    batches = prefetch(Loader(np.ones((12, 2), np.float32), 8), 2, sharding.data_parallel())
+    batches = prefetch(Loader(np.ones((12, 2), np.float32), 8).feed(), 2, sharding.data_parallel())
     next(batches)
     with pytest.raises(ShapeError) as error:
         next(batches)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import jax
@@ -28,6 +27,18 @@ def test_the_batches_do_not_depend_on_the_workers_before_and_after_a_restore() -
     jax.tree.map(np.testing.assert_array_equal, alone[3:5], more)
 
 
+def test_the_workers_stay_for_the_next_epoch() -> None:
+    loader = Loader(Squares(), 8, workers=1)
+    assert len(list(loader)) == 3
+    (workers,) = loader.idle
+    process = workers.workers[0].process
+    assert len(list(loader)) == 3
+    assert loader.idle == [workers]
+    assert process.is_alive()
+    del loader
+    assert not process.is_alive()
+
+
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
@@ -39,7 +50,7 @@ def test_the_batches_do_not_depend_on_the_workers_before_and_after_a_restore() -
 )
 def test_a_fault_is_named_with_its_record_within_seconds(how: str, error: type[Exception], message: str) -> None:
     loader = Loader(Squares(bad=3, how=how), 2, shuffle=False, workers=1, timeout=1.0)
-    with prefetch(loader) as feed:
+    with prefetch(loader.feed()) as feed:
         next(feed)
         since = time.monotonic()
         with pytest.raises(error, match=message) as raised:
@@ -67,8 +78,7 @@ def test_what_cannot_be_sent_to_a_worker_is_explained() -> None:
 def test_a_feed_that_is_dropped_takes_its_workers_with_it() -> None:
     feed: Any = Loader(Squares(), 4, workers=1).feed()
     next(feed)
-    process = feed._batches.gi_frame.f_locals["self"].workers[0].process
+    process = feed._workers.workers[0].process
     assert process.is_alive()
-    with warnings.catch_warnings():
-        del feed
+    del feed
     assert not process.is_alive()
