@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from batiste.graph import Param, Pytree, iter_graph, iter_modules, recursive_map
 from batiste.graph.errors import ArgumentError
 from batiste.graph.structure import show_path
+
+from .fp8 import fp8_dot_general, fp8_einsum
 
 M = TypeVar("M")
 Path = tuple[Any, ...]
@@ -43,6 +45,8 @@ class Policy:
         keep: patterns (`*`, `?`) for paths (`blocks/*/router`) or names of classes and their bases (`*Norm`): these
             modules and their parts keep their parameters in `accumulate`, and compute in it. A normalising layer hands
             on the dtype of the others.
+        dot_general, einsum: what takes the place of `jax.lax.dot_general` and `jax.numpy.einsum` in the layers that
+            are not kept and have not been given a product of their own; such as `fp8_dot_general`.
 
     Source: Micikevicius et al. 2018, "Mixed precision training".
 
@@ -58,6 +62,8 @@ class Policy:
     output: DTypeLike = jnp.float32
     accumulate: DTypeLike = jnp.float32
     keep: tuple[str, ...] = KEEP
+    dot_general: Callable[..., Any] | None = None
+    einsum: Callable[..., Any] | None = None
 
     def __post_init__(self):
         for field in ("param", "compute", "output", "accumulate"):
@@ -79,22 +85,25 @@ class Policy:
                 dtype = self.accumulate if path[:-1] in kept else self.compute
                 return x.replace(jax.tree.map(lambda leaf, dtype=dtype: _cast(leaf, dtype), x.get_value()))
             if isinstance(x, Pytree) and "dtype" in vars(x):
-                vars(x)["dtype"] = self.accumulate if path in kept and not moments_apart(x) else self.compute
+                dtype = self.accumulate if path in kept else self.compute
+                vars(x)["dtype"] = self.compute if moments_apart(x) else dtype
+                if "param_dtype" in vars(x):  # it is also that of what a layer starts from, such as a cell's carry
+                    vars(x)["param_dtype"] = dtype
+                if path not in kept and (product := self.replaces(x)):
+                    vars(x).update(product)
             return x
 
         return recursive_map(change, model)
 
+    def replaces(self, part: Any) -> dict[str, Callable[..., Any]]:
+        """The attribute of a layer that multiplies, with what takes its place; nothing if it stays."""
+        name = own_product(part)
+        product = {"dot_general": self.dot_general, "einsum_op": self.einsum}.get(name)
+        return {} if product is None else {name: product}
+
     def kept(self, model: Any) -> set[Path]:
         """The paths of the modules that stay in `accumulate`."""
-        found: set[Path] = set()
-        for path, module in iter_modules(model):
-            if any(path[:n] in found for n in range(len(path))) or self._keeps(path, module):
-                found.add(path)
-        return found
-
-    def _keeps(self, path: Path, module: Any) -> bool:
-        names = [show_path(path), *(cls.__name__ for cls in type(module).__mro__)]
-        return any(fnmatchcase(name, pattern) for name in names for pattern in self.keep)
+        return set(fitting(model, self.keep))
 
     def cast(self, tree: M) -> M:
         """The floats of a tree of arrays in `compute`: what goes into the model."""
@@ -123,6 +132,30 @@ class Policy:
                 x.set_value(jax.tree.map(lambda leaf, dtype=dtype: _cast(leaf, dtype), x.get_value()))
 
 
+def fitting(model: Any, patterns: Iterable[str]) -> dict[Path, str]:
+    """The paths of the modules whose path or class fits one of the patterns, and of their parts, with the pattern."""
+    patterns, found = tuple(patterns), dict[Path, str]()
+    for path, module in sorted(iter_modules(model), key=lambda item: len(item[0])):  # parts after what they are part of
+        above = (found[path[:n]] for n in range(len(path)) if path[:n] in found)
+        pattern = next(above, None) or next((p for p in patterns if fits(path, type(module), p)), None)
+        if pattern is not None:
+            found[path] = pattern
+    return found
+
+
+def fits(path: Path, cls: type, pattern: str) -> bool:
+    """Whether a module's path, or the name of its class or one of its bases, fits a pattern."""
+    return any(fnmatchcase(name, pattern) for name in (show_path(path), *(base.__name__ for base in cls.__mro__)))
+
+
+def own_product(part: Any) -> str:
+    """The name of the attribute by which a layer multiplies as JAX does: `dot_general`, `einsum_op`, or nothing."""
+    settings = vars(part)
+    if settings.get("dot_general", False) in (None, jax.lax.dot_general) and settings.get("dot_general_cls") is None:
+        return "dot_general"
+    return "einsum_op" if settings.get("einsum_op") is jnp.einsum else ""
+
+
 def moments_apart(module: Any) -> bool:
     """Whether a layer's `dtype` is that of its result only, because it takes its moments in float32 by itself."""
     return hasattr(module, "epsilon") and hasattr(module, "use_fast_variance")
@@ -136,11 +169,15 @@ _PRESETS = {
     "float32": Policy(),
     "bfloat16": Policy(compute=jnp.bfloat16),
     "float16": Policy(compute=jnp.float16),
+    "fp8": Policy(compute=jnp.bfloat16, dot_general=fp8_dot_general, einsum=fp8_einsum),
 }
 
 
 def policy(name: str) -> Policy:
-    """The policy of this name: `float32`, `bfloat16`, or `float16` (which needs a loss scale, see `DynamicScale`).
+    """The policy of this name: `float32`, `bfloat16`, `float16` or `fp8`
+
+    `float16` needs a loss scale, which a training step made with it has. In `fp8`, layers multiply 8-bit floats, each
+    array scaled by its own greatest value; the rest is bfloat16. `delayed` takes the scales from the last calls.
 
     Raises:
         ArgumentError: there is none.
