@@ -180,6 +180,11 @@ class Run:
                 method(self)
 
     # ------------------------------------------------------------ one state
+    def prepare(self) -> None:
+        """Lets the step make what it carries, which is part of the state."""
+        if isinstance(self.state, tuple) and hasattr(self.function, "prepare"):
+            self.function.prepare(*self.state)  # type: ignore[attr-defined]
+
     def tree(self) -> dict[str, Any]:
         """All of which the next step depends."""
         self.catch_up()
@@ -297,9 +302,11 @@ def fit(
     with _ended(run), _signals() as received:
         if checkpoints is not None:
             with run.clock("checkpoint"):
+                run.prepare()
                 found = checkpoints.restore_latest(into=run.tree())
-            if found is not None:
-                run.go_to(found[1])
+                if found is not None:
+                    run.go_to(found[1])
+                    run.prepare()
         run.call("start")
         while not (received or run.reason):
             run.reason = until.reached(run) or _advance(run)

@@ -80,7 +80,7 @@ class TrainStep:
 
     def __call__(self, model: Any, optimizer: Any, batch: Any) -> Metrics:
         if [id(ref()) for ref in self._owned] != [id(model), id(optimizer), id(self.extras)]:
-            self._own(model, optimizer)
+            self.prepare(model, optimizer)
         return self.compiled(model, optimizer, self.extras, batch)
 
     @property
@@ -147,8 +147,11 @@ class TrainStep:
 
         return averaged
 
-    def _own(self, model: Any, optimizer: Any) -> None:
-        """Gives the objects buffers of their own, which nobody misses when they are given away."""
+    def prepare(self, model: Any, optimizer: Any) -> None:
+        """Gives the objects buffers of their own, which nobody misses when they are given away; room for a snapshot.
+
+        The first step on a model does this by itself.
+        """
         if not all(isinstance(x, Pytree) for x in (model, optimizer)):
             raise CallError("a training step takes live objects", got=f"{type(model).__name__} and "
                             f"{type(optimizer).__name__}", expected="a module and an Optimizer, then the batch",
