@@ -12,9 +12,11 @@ from jax._src.core import (
 )
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
 from jax._src.interpreters.partial_eval import DynamicJaxprTracer
+from jax._src.source_info_util import user_frames as _user_frames
 from jax._src.state.types import AbstractRef
 from jax._src.traceback_util import _exclude_paths as hidden_paths  # noqa: F401
 from jax._src.traceback_util import api_boundary  # noqa: F401
+from jax._src.xla_bridge import backends_are_initialized as backends_started  # noqa: F401
 from jax.tree_util import default_registry
 
 current_trace = functools.partial(get_opaque_trace_state, convention="flax")
@@ -58,3 +60,14 @@ def key_name(entry):
         if hasattr(entry, name):
             return getattr(entry, name)
     return str(entry)
+
+
+def user_frames(source_info):
+    """The frames outside of JAX that an equation comes from, innermost first."""
+    return list(_user_frames(source_info.traceback))
+
+
+def static_arguments(jitted):
+    """The numbers and the names of the static arguments of a function that `jax.jit` made; empty for others."""
+    info = getattr(jitted, "_jit_info", None)
+    return (frozenset(info.static_argnums), frozenset(info.static_argnames)) if info else (frozenset(), frozenset())
