@@ -83,7 +83,7 @@ class Policy:
         def change(path: Path, x: Any) -> Any:
             if isinstance(x, Param):
                 dtype = self.accumulate if path[:-1] in kept else self.compute
-                return x.replace(jax.tree.map(lambda leaf, dtype=dtype: _cast(leaf, dtype), x.get_value()))
+                return x.replace(jax.tree.map(lambda leaf, dtype=dtype: cast(leaf, dtype), x.get_value()))
             if isinstance(x, Pytree) and "dtype" in vars(x):
                 dtype = self.accumulate if path in kept else self.compute
                 vars(x)["dtype"] = self.compute if moments_apart(x) else dtype
@@ -107,11 +107,11 @@ class Policy:
 
     def cast(self, tree: M) -> M:
         """The floats of a tree of arrays in `compute`: what goes into the model."""
-        return jax.tree.map(lambda x: _cast(x, self.compute), tree)
+        return jax.tree.map(lambda x: cast(x, self.compute), tree)
 
     def result(self, tree: M) -> M:
         """The floats of a tree of arrays in `output`: what comes out."""
-        return jax.tree.map(lambda x: _cast(x, self.output), tree)
+        return jax.tree.map(lambda x: cast(x, self.output), tree)
 
     def wrap(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """`f(model, *args)` under the policy: arguments cast to `compute`, the result to `output`."""
@@ -129,7 +129,7 @@ class Policy:
         for path, x in iter_graph(model):
             if isinstance(x, Param):
                 dtype = self.accumulate if path[:-1] in kept else self.param
-                x.set_value(jax.tree.map(lambda leaf, dtype=dtype: _cast(leaf, dtype), x.get_value()))
+                x.set_value(jax.tree.map(lambda leaf, dtype=dtype: cast(leaf, dtype), x.get_value()))
 
 
 def fitting(model: Any, patterns: Iterable[str]) -> dict[Path, str]:
@@ -161,7 +161,8 @@ def moments_apart(module: Any) -> bool:
     return hasattr(module, "epsilon") and hasattr(module, "use_fast_variance")
 
 
-def _cast(x: Any, dtype: Any) -> Any:
+def cast(x: Any, dtype: Any) -> Any:
+    """`x` in `dtype`, if it is an array of floats."""
     return x.astype(dtype) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
