@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of commands: what each is for, its options, and where the function is that does it.
+
+To add one, add a line. The function is loaded when the command is called; nothing here may import JAX.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import NamedTuple
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 a threshold was missed, or the result is negative; 2 the command is wrong;
+            3 the program failed; 130 interrupted (143 by SIGTERM)"""
+
+
+class Command(NamedTuple):
+    """One command; `run` is where the function `args -> exit code` is, as "module:function"."""
+
+    summary: str
+    options: Callable[[ArgumentParser], None]
+    run: str
+
+
+def of_program(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "program", nargs="?", metavar="PROGRAM.py:NAME", help="a function from settings to an Experiment"
+    )
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable"
+    )
+
+
+def of_evaluation(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="METRIC=VALUE", help="a threshold; missed, the exit code is 1"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+
+
+def of_train(parser: ArgumentParser) -> None:
+    of_program(parser)
+    of_evaluation(parser)
+    parser.add_argument("--folder", help="where the run lives; a second run goes on from there")
+    parser.add_argument("--fast-dev-run", action="store_true", help="three steps: does the program run at all?")
+    parser.add_argument(
+        "--overfit-batches", type=int, default=0, metavar="N", help="only so many batches, over and over"
+    )
+
+
+def of_evaluate(parser: ArgumentParser) -> None:
+    of_program(parser)
+    of_evaluation(parser)
+    parser.add_argument("--from", dest="checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+
+
+def of_compare(parser: ArgumentParser) -> None:
+    of_program(parser)
+    parser.add_argument("before", nargs="?", metavar="BEFORE", help="a checkpoint, or the folder of a run")
+    parser.add_argument("after", nargs="?", metavar="AFTER", help="another one")
+    parser.add_argument("--json", metavar="FILE", help="write the changes to this file")
+
+
+COMMANDS = {
+    "train": Command("train a model, evaluate it, check thresholds", of_train, "batiste.cli.train:run"),
+    "evaluate": Command("measure a model on held-out data, check thresholds", of_evaluate, "batiste.cli.evaluate:run"),
+    "compare": Command("what got better and worse between two checkpoints", of_compare, "batiste.cli.compare:run"),
+    "inspect": Command("tables of a model: parts, parameters, places, dtypes", of_program, "batiste.cli.inspect:run"),
+}
