@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of a run in a folder: which are saved, which are kept, and which is gone back to."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from batiste.checkpoint.errors import CheckpointWarning, CorruptError, NotFoundError
+from batiste.checkpoint.files import Fs, FolderLock, make_folders, remove_partial, typed
+from batiste.checkpoint.saving import FS, Saving, load, peek, save_async
+from batiste.checkpoint.sealed import Sealed
+from batiste.graph.errors import ArgumentError
+
+NAME = re.compile(r"(\d{10,18})\.ckpt")
+
+
+class Restored(NamedTuple):
+    """What `Manager.restore_latest` found: the step, the values, and the later steps that were passed over, with why."""
+
+    step: int
+    state: Any
+    skipped: dict[int, str]
+
+
+class Manager:
+    """A folder of checkpoints, one file per step, with one writer.
+
+    The newest `keep` are kept, the `best` one, and the last healthy one, which rotation never takes. The folder is locked
+    from the first save until `close()` or the end of the process; reading needs no lock.
+
+    Args:
+        keep: how many of the newest steps stay; None for all.
+        best: a metric of which the best step stays as well: `"loss"` (the smallest) or `("accuracy", "max")`.
+        every: `save` does something at steps that are multiples of this.
+
+    Raises:
+        ArgumentError: an argument has no sense.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, keep: int | None = 3,
+        best: str | tuple[str, Literal["min", "max"]] | None = None, every: int = 1, fs: Fs = FS,
+    ):  # fmt: skip
+        if (keep is not None and keep < 1) or every < 1:
+            raise ArgumentError("keep and every count from 1", got=f"keep={keep}, every={every}")
+        self.folder, self.keep, self.every = Path(os.path.abspath(folder)), keep, every
+        self.best_metric, self.best_mode = (best, "min") if isinstance(best, str) else best or (None, "min")
+        if self.best_mode not in ("min", "max"):
+            raise ArgumentError("best is a metric, or (metric, 'min' or 'max')", got=best)
+        self._fs = fs
+        self._lock: FolderLock | None = None
+        self._saving: Saving | None = None
+        self._known: dict[int, tuple[bool, dict[str, float]]] = {}  # of each step: healthy, metrics
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def path(self, step: int) -> Path:
+        """The file of a step."""
+        return self.folder / f"{step:010d}.ckpt"
+
+    def steps(self) -> list[int]:
+        """The steps that have a file, in order."""
+        names = self._fs.names(self.folder) if self.folder.is_dir() else ()
+        return sorted(int(found[1]) for name in names if (found := NAME.fullmatch(name)))
+
+    # ------------------------------------------------------------ saving
+
+    def save(
+        self, step: int, tree: Any, *, metrics: Mapping[str, float] | None = None, healthy: bool | None = None,
+        force: bool = False, wait: bool = False,
+    ) -> bool:  # fmt: skip
+        """Begins to save a step in the background, and says whether it is one that is to be saved.
+
+        Waits for the save before, of which an error comes out here, and then removes what need not be kept.
+
+        Args:
+            force: save also a step that is no multiple of `every`.
+            wait: return when the checkpoint is on the medium.
+
+        Raises:
+            LockedError: another program writes into the folder.
+            SaveError: this save (with `wait`), the one before, or the removal of an old step failed.
+        """
+        if not force and step % self.every:
+            return False
+        self.wait()
+        self._take_lock()
+        self._saving = save_async(self.path(step), tree, step=step, healthy=healthy, metrics=metrics, fs=self._fs)
+        if wait:
+            self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Returns when what was begun is on the medium, and old steps are removed."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.wait()
+            self._known.pop(int(saving.path.stem), None)
+            self._rotate()
+
+    def close(self) -> None:
+        """Waits, and gives the folder free."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def _take_lock(self) -> None:
+        if self._lock is None:
+            with typed(self.folder, "make the folder"):
+                make_folders(self._fs, self.folder)
+            self._lock = FolderLock(self._fs, self.folder)
+            with typed(self.folder, "remove what a stopped save left"):
+                remove_partial(self._fs, self.folder)
+
+    def _rotate(self) -> None:
+        """Removes steps, oldest first, but for those that are kept."""
+        steps = self.steps()
+        if self.keep is None or len(steps) <= self.keep:
+            return
+        about = {step: self._about(step) for step in steps}
+        kept = {*steps[-self.keep :], *(step for step in (self.last_healthy(about), self.best(about)) if step is not None)}
+        with typed(self.folder, "remove an old step"):
+            for step in steps:
+                if step not in kept:
+                    self._fs.remove(self.path(step))
+                    self._known.pop(step, None)
+
+    def _about(self, step: int) -> tuple[bool, dict[str, float]]:
+        """Whether a step is healthy, and its metrics; a damaged one is not, and has none."""
+        if step not in self._known:
+            try:
+                about = peek(self.path(step), fs=self._fs)
+                self._known[step] = (about["healthy"] and about["step"] == step, about["metrics"])
+            except (CorruptError, OSError):
+                return False, {}
+        return self._known[step]
+
+    def last_healthy(self, about: Mapping[int, tuple[bool, dict[str, float]]] | None = None) -> int | None:
+        """The newest step without NaN or infinite values."""
+        about = about or {step: self._about(step) for step in self.steps()}
+        return max((step for step, (healthy, _) in about.items() if healthy), default=None)
+
+    def best(self, about: Mapping[int, tuple[bool, dict[str, float]]] | None = None) -> int | None:
+        """The healthy step with the best metric; the newer one of equals."""
+        about = about or {step: self._about(step) for step in self.steps()}
+        name, sign = self.best_metric, 1 if self.best_mode == "max" else -1
+        ranks = [(sign * metrics[name], step) for step, (healthy, metrics) in about.items() if healthy and name in metrics]
+        return max(ranks)[1] if ranks else None
+
+    # ------------------------------------------------------------ going back
+
+    def restore(self, step: int, into: Any = None, **options: Any) -> Any:
+        """The values of one step; `into` and the options are those of `load`.
+
+        Raises:
+            NotFoundError, CorruptError, MismatchError: as `load`; also a file that holds another step.
+        """
+        self.wait()
+        path = self.path(step)
+        if not path.exists():
+            raise NotFoundError("There is no such step", at=str(path), got=step, expected=self.steps())
+        with Sealed(self._fs, path) as found:
+            if found.about.get("step") != step:
+                raise CorruptError("The file holds another step", at=str(path), got=found.about.get("step"), expected=step)
+        return load(path, into, fs=self._fs, **options)
+
+    def restore_latest(self, into: Any = None, *, healthy: bool = False, **options: Any) -> Restored | None:
+        """The newest step that is whole, or None in an empty folder. Damaged ones are passed over with a warning.
+
+        Args:
+            healthy: pass over steps with NaN or infinite values too.
+
+        Raises:
+            CorruptError: there are steps, and none is whole.
+            MismatchError: the newest whole step does not fit `into`.
+        """
+        self.wait()
+        skipped: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                if healthy and not self._about(step)[0]:
+                    skipped[step] = "it is not healthy"
+                    continue
+                state = self.restore(step, into, **options)
+            except NotFoundError:  # the writer removed it meanwhile
+                continue
+            except CorruptError as error:
+                skipped[step] = str(error)
+            else:
+                if skipped:
+                    reasons = "".join(f"\n  step {late}: {reason}" for late, reason in skipped.items())
+                    warnings.warn(f"Went back to step {step} of {self.folder}:{reasons}", CheckpointWarning, stacklevel=2)
+                return Restored(step, state, skipped)
+        if skipped:
+            reasons = "".join(f"\n  step {late}: {reason}" for late, reason in skipped.items())
+            raise CorruptError(f"No step can be restored:{reasons}\n", at=str(self.folder))
+        return None
