@@ -2,7 +2,7 @@
 """Finding the first operation that made a NaN or an infinity, by running a function again one operation at a time.
 
 A function is traced into a jaxpr, whose equations are then computed one after another. What holds jaxprs of its own
-(jit, scan, while, cond, remat) is computed as a whole first, and only opened when what it gave is not finite.
+(jit, scan, while, cond, remat) and is long is computed as a whole first, and only opened when that is not finite.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def why_nan(fn: Callable, *args: Any, **kwargs: Any) -> NonFinite | None:
         jaxpr = jax.make_jaxpr(flat_function(boundary))(*groups)
     search = Search(places)
     values = [search.came_in(x, path, n) for n, (path, x) in enumerate(arguments(fn, boundary, groups))]
-    outputs = search.closed(jaxpr, values, Around())
+    outputs = search.closed(jaxpr, values, TOP)
     return first([x.origin for x in outputs])
 
 
@@ -116,17 +116,29 @@ class Watched:
 def trouble(x: Any) -> str | None:
     """`nan`, `inf` or None."""
     dtype = getattr(x, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or bool(jnp.isfinite(x).all()):
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         return None
-    return "nan" if bool(jnp.isnan(x).any()) else "inf"
+    lib, x = (np, np.asarray(x)) if x.size < 1 << 20 else (jnp, x)  # a small value is looked at without a compilation
+    if lib.isfinite(x).all():
+        return None
+    return "nan" if lib.isnan(x).any() else "inf"
 
 
 def _spots(x: Any, what: str) -> dict[str, Any]:
-    wrong = np.asarray(jnp.isnan(x) if what == "nan" else ~jnp.isfinite(x))
+    x = np.asarray(x)
+    wrong = np.isnan(x) if what == "nan" else ~np.isfinite(x)
     return dict(count=int(wrong.sum()), size=wrong.size, index=tuple(int(i) for i in np.argwhere(wrong)[0]))
 
 
 # ---------------------------------------------------------------- the search
+
+
+LONG = 200  # equations; below, compiling them together takes longer than running them apart
+TOP = Around()
+
+
+def _length(jaxpr: Any) -> int:
+    return len(jaxpr.eqns) + sum(_length(inner) for eqn in jaxpr.eqns for inner in jex.jaxprs_in_params(eqn.params))
 
 
 @dataclass
@@ -156,10 +168,11 @@ class Search:
         return self.compiled[key][1](*(x.value for x in inputs))
 
     def closed(self, jaxpr: Any, inputs: Sequence[Watched], around: Around) -> list[Watched]:
-        """The results of a closed jaxpr: at once if they are finite, else one equation after another."""
-        outputs = self.whole(jaxpr, inputs)
-        if not any(map(trouble, outputs)):
-            return [Watched(x) for x in outputs]
+        """The results of a closed jaxpr: at once if it is long and they are finite, else one equation after another."""
+        if around is not TOP and _length(jaxpr.jaxpr) > LONG:
+            outputs = self.whole(jaxpr, inputs)
+            if not any(map(trouble, outputs)):
+                return [Watched(x) for x in outputs]
         env: dict[Any, Watched] = dict(zip(jaxpr.jaxpr.invars, inputs))
         env.update((v, Watched(x)) for v, x in zip(jaxpr.jaxpr.constvars, jaxpr.consts))
         read = lambda v: Watched(v.val) if isinstance(v, jex.Literal) else env[v]

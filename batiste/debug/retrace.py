@@ -13,10 +13,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from batiste.graph import Pytree, Variable, iter_graph
-from batiste.graph.boundary import is_root
+from batiste.graph import Pytree, Variable
 from batiste.graph.errors import ArgumentError
-from batiste.graph.jaxcompat import key_name, static_arguments
+from batiste.graph.jaxcompat import static_arguments
+from batiste.graph.walk import data_items
 from batiste.transforms.compile import JitWrapped
 
 __all__ = ["LimitedFunction", "RetraceWarning", "TooManyProgramsError", "limit_programs", "why_recompiled"]
@@ -68,7 +68,7 @@ class LimitedFunction:
                 f"{changes}\n",
                 fix="keep what changes the same (pad the shapes, pass numbers as arrays), or raise the limit",
             )
-        warnings.warn(f"{name} is compiled for the {len(self.programs)}th time:\n{changes}", RetraceWarning, 4)
+        warnings.warn(f"{name} is compiled for the {len(self.programs)}. time:\n{changes}", RetraceWarning, 3)
 
 
 def limit_programs(fn: Callable, n: int | None = None, on_limit: Literal["raise", "warn"] = "raise") -> Any:
@@ -125,7 +125,7 @@ def why_recompiled(fn: LimitedFunction) -> Changes:
         raise ArgumentError("the calls of this function were not noted", got=repr(fn), expected="limit_programs(fn)",
                             fix="wrap it before the calls: fn = limit_programs(jit(fn))")  # fmt: skip
     *before, now = fn.programs or [{}]
-    return min((_difference(old, now) for old in before), key=len, default=Changes())
+    return min((_difference(old, now) for old in reversed(before)), key=len, default=Changes())
 
 
 def _difference(old: Signature, now: Signature) -> Changes:
@@ -175,37 +175,28 @@ def _static(fn: Callable) -> tuple[frozenset[int], frozenset[str]]:
     return static_arguments(fn)
 
 
-def _described(x: Any, path: str, seen: dict[int, str]) -> Iterator[tuple[str, str]]:
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_root)
-    if not jax.tree_util.treedef_is_leaf(treedef):
-        yield f"{path} (structure)", str(treedef)
-    for keys, leaf in pairs:
-        where = "/".join([path, *(str(key_name(k)) for k in keys)])
-        if not is_root(leaf):
-            yield where, _leaf(leaf)
-            continue
-        for inner, part in iter_graph(leaf, graph=True):
-            at = "/".join([where, *map(str, inner)])
-            yield from _part(part, at, seen)
-
-
-def _part(x: Any, at: str, seen: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """One object of a graph: a Variable, or a module with its settings."""
-    if id(x) in seen and isinstance(x, (Variable, Pytree)):
-        yield at, f"the same as {seen[id(x)]}"
-        return
-    seen[id(x)] = at
+def _described(x: Any, at: str, seen: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """What `x` and everything in it is, by path; a part that was met before is told by its first path."""
+    if isinstance(x, (Variable, Pytree)):
+        if id(x) in seen:
+            yield at, f"the same as {seen[id(x)]}"
+            return
+        seen[id(x)] = at
     if isinstance(x, Variable):
         values = [_leaf(v) for v in jax.tree.leaves(x.get_raw_value())]
         yield at, f"{type(x).__name__} {' '.join(values)}".strip()
-        yield from ((f"{at}.{k}", _shown(v)) for k, v in x.get_metadata().items())
-    elif isinstance(x, Pytree):
-        yield at, type(x).__qualname__
-        for name, value in vars(x).items():
-            if not name.startswith("_pytree__") and not x._pytree__nodes.get(name, False):
-                yield f"{at}.{name}", _shown(value)
-    else:
+        yield from ((f"{at}.{name}", _shown(value)) for name, value in x.get_metadata().items())
+        return
+    items = data_items(x)
+    if items is None:
         yield at, _leaf(x)
+        return
+    inside = {str(key) for key, _ in items}
+    settings = vars(x) if isinstance(x, Pytree) else {}
+    yield at, f"{type(x).__qualname__}{'' if settings else f' of {len(items)}'}"
+    yield from ((f"{at}.{k}", _shown(v)) for k, v in settings.items() if k not in inside and k[:9] != "_pytree__")
+    for key, value in items:
+        yield from _described(value, f"{at}/{key}", seen)
 
 
 def _leaf(x: Any) -> str:
