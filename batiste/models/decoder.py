@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder: the language model of the Llama tree and of PaLM, as one writes it for one device.
+
+x = embed(tokens);  x = block(x) for each block;  logits = norm(x) · head
+
+Dims, in the suffixes of names:  B batch   T positions   S remembered positions   D features   H heads of queries
+    K heads of keys and values   C depth of a head   F features of the MLP   V vocabulary   L layers
+
+Where it runs, in what precision, and what is kept for the backward pass is said from outside: `RULES` and a plan of
+`batiste.sharding`, a policy of `batiste.precision`, and `model.set_attributes(Stack, run="unroll", remat="dots")`.
+
+Source: Touvron et al. 2023, "Llama 2", section 2.2; Chowdhery et al. 2022, "PaLM", section 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from batiste import nn
+from batiste.graph import Module, Rngs, data
+from batiste.graph.errors import ShapeError
+from batiste.nn.losses import TokenLoss, chunked_cross_entropy
+from batiste.nn.stack import Stack
+
+from .configs import DecoderConfig
+
+RULES = (
+    ("embed/embedding", ("vocab", None)),
+    ("head/kernel", (None, "vocab")),
+    ("attn/query/{kernel,bias}", (..., "heads", None)),
+    ("attn/{key,value}/{kernel,bias}", (..., "kv_heads", None)),
+    ("attn/out/kernel", (..., "heads", None, None)),
+    ("mlp/{up,gate}/kernel", (..., "mlp")),
+    ("mlp/down/kernel", (..., "mlp", None)),
+    ("scale", (...,)),
+)
+"""Which dim of each parameter a `tensor` axis divides: `sharding.fsdp_tensor(4, rules=RULES)`.
+
+With fewer heads of keys than devices, keep them whole: `names={"kv_heads": None}`.
+"""
+
+
+class Cache(NamedTuple):
+    """What attention remembers: keys and values of all layers, and how many positions are filled."""
+
+    k_LBSKC: Array
+    v_LBSKC: Array
+    filled: Array
+
+
+class Decoder(Module):
+    """logits[B, T, V] of the next token, given tokens[B, T]
+
+    >>> from batiste.models import DECODERS
+    >>> model = Decoder(DECODERS["tiny"], rngs=Rngs(0))
+    >>> model(jnp.zeros((2, 5), int)).shape
+    (2, 5, 256)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: Rngs):
+        self.config = config
+        self.embed = nn.Embed(config.vocab, config.features, rngs=rngs)
+        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs, has_aux=True)
+        self.norm = nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
+        head = None if config.tied else nn.Linear(config.features, config.vocab, use_bias=False, rngs=rngs)
+        self.head = data(head)
+
+    def __call__(self, tokens_BT: Array) -> Array:
+        x_BTD, _ = self.hidden(tokens_BT)
+        return self.logits(x_BTD)
+
+    def hidden(self, tokens_BT: Array, cache: Cache | None = None) -> tuple[Array, Cache | None]:
+        """x[B, T, D] before the head; with a cache, of the positions that follow those it holds, and the new cache."""
+        if tokens_BT.ndim != 2:
+            raise ShapeError("a decoder reads rows of tokens", at=self, got=tokens_BT.shape, expected="(batch, length)",
+                             fix="add a dim of size 1: tokens[None]")  # fmt: skip
+        length, start = tokens_BT.shape[1], 0 if cache is None else cache.filled
+        positions_T = jnp.arange(length) + start
+        rope = rope_angles(positions_T, self.config.depth, self.config.rope_theta)
+        each = None if cache is None else (cache.k_LBSKC, cache.v_LBSKC)
+        x_BTD, kept = self.blocks(self.embed(tokens_BT), *rope, positions_T, each=each)
+        return self.norm(x_BTD), None if cache is None else Cache(*kept, cache.filled + length)
+
+    def logits(self, x_BTD: Array) -> Array:
+        """float32, whatever the dtype of x"""
+        return jnp.dot(x_BTD, self.head_DV().astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+
+    def head_DV(self) -> Array:
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def loss(self, tokens_BT: Array, weights_BT: Array | None = None, *, chunks: int = 8,
+             z_loss: float | None = None) -> TokenLoss:  # fmt: skip
+        """Σ w (log Z - logit of the next token + z_loss (log Z)²), with the logits of a part of the tokens at a time.
+
+        Args:
+            weights_BT: of each token as one to predict, such as 0 for padding; that of the first is not looked at.
+            chunks: see `batiste.nn.losses.chunked_cross_entropy`.
+            z_loss: that of the configuration, if left out.
+        """
+        x_BTD, _ = self.hidden(tokens_BT[:, :-1])
+        weights = None if weights_BT is None else weights_BT[:, 1:]
+        return chunked_cross_entropy(x_BTD, self.head_DV(), tokens_BT[:, 1:], weights, chunks=chunks,
+                                     z_loss=self.config.z_loss if z_loss is None else z_loss)  # fmt: skip
+
+    def cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` positions, in the dtype in which the model computes."""
+        c = self.config
+        shape = (c.layers, batch, length, c.kv_heads, c.depth)
+        return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype), jnp.int32(0))
+
+
+class Block(Module):
+    """y = x + attn(norm(x));  y + mlp(norm(y)), one after the other;  x + attn(norm(x)) + mlp(norm(x)), in parallel"""
+
+    def __init__(self, config: DecoderConfig, *, rngs: Rngs):
+        self.parallel = config.parallel
+        self.attn_norm = nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        norm = None if config.parallel else nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
+        self.mlp_norm = data(norm)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x_BTD, cos_TC, sin_TC, positions_T, each=None):
+        normed_BTD = self.attn_norm(x_BTD)
+        y_BTD, kept = self.attn(normed_BTD, cos_TC, sin_TC, positions_T, each)
+        if self.parallel:
+            return x_BTD + y_BTD + self.mlp(normed_BTD), kept
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
+
+
+class Attention(Module):
+    """out(attend(rope(query(x)), rope(key(x)), value(x))), of the positions up to each, or the last `window` of them
+
+    Source: Su et al. 2021, "RoFormer", eq. 34; Ainslie et al. 2023, "GQA", section 2.2; Henry et al. 2020, "Query-Key
+        Normalization", with RMSNorm as in Qwen3; Jiang et al. 2023, "Mistral 7B", section 2 (window).
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: Rngs):
+        D, H, K, C = config.features, config.heads, config.kv_heads, config.depth
+        self.window = config.window
+        self.query = nn.LinearGeneral(D, (H, C), use_bias=config.qkv_bias, rngs=rngs)
+        self.key = nn.LinearGeneral(D, (K, C), use_bias=config.qkv_bias, rngs=rngs)
+        self.value = nn.LinearGeneral(D, (K, C), use_bias=config.qkv_bias, rngs=rngs)
+        self.out = nn.LinearGeneral((H, C), D, axis=(-2, -1), use_bias=False, rngs=rngs)
+        self.query_norm = data(nn.RMSNorm(C, epsilon=config.epsilon, rngs=rngs) if config.qk_norm else None)
+        self.key_norm = data(nn.RMSNorm(C, epsilon=config.epsilon, rngs=rngs) if config.qk_norm else None)
+
+    def __call__(self, x_BTD, cos_TC, sin_TC, positions_T, cached=None):
+        q_BTHC, k_BTKC, v_BTKC = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None:
+            q_BTHC, k_BTKC = self.query_norm(q_BTHC), self.key_norm(k_BTKC)
+        q_BTHC, k_BTKC = rotated(q_BTHC, cos_TC, sin_TC), rotated(k_BTKC, cos_TC, sin_TC)
+        if cached is None:
+            mask = None if self.window is None else seen(positions_T, positions_T, self.window)
+            y_BTHC = nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask, is_causal=mask is None)
+            return self.out(y_BTHC), None
+        k_BSKC, v_BSKC = (lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), positions_T[0], axis=1)
+                          for old, new in zip(cached, (k_BTKC, v_BTKC)))  # fmt: skip
+        mask = seen(positions_T, jnp.arange(k_BSKC.shape[1]), self.window)
+        return self.out(nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask=mask)), (k_BSKC, v_BSKC)
+
+
+class Mlp(Module):
+    """down(silu(gate(x)) · up(x)), or down(gelu(up(x)))
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: Rngs):
+        D, F = config.features, config.hidden
+        self.up = nn.Linear(D, F, use_bias=False, rngs=rngs)
+        self.gate = data(nn.Linear(D, F, use_bias=False, rngs=rngs) if config.gated else None)
+        self.down = nn.Linear(F, D, use_bias=False, rngs=rngs)
+
+    def __call__(self, x_BTD):
+        up_BTF = self.up(x_BTD)
+        return self.down(nn.gelu(up_BTF) if self.gate is None else nn.silu(self.gate(x_BTD)) * up_BTF)
+
+
+def rope_angles(positions_T: Array, depth: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of t · theta^(-2i / depth), i = 0 … depth / 2 - 1, as [T, depth / 2] in float32
+
+    >>> cos, sin = rope_angles(jnp.array([0, 1]), 4, 100.0)
+    >>> sin.round(2)
+    Array([[0. , 0. ], [0.84, 0.1 ]], dtype=float32)
+    """
+    frequencies_C = theta ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
+    angles_TC = positions_T.astype(jnp.float32)[:, None] * frequencies_C[None, :]
+    return jnp.cos(angles_TC), jnp.sin(angles_TC)
+
+
+def rotated(x_BTHC: Array, cos_TC: Array, sin_TC: Array) -> Array:
+    """The pairs (x[i], x[i + C / 2]) turned by their angles, in float32
+
+    Source: Su et al. 2021, eq. 34, with the halves as pairs, as in Hugging Face's checkpoints.
+    """
+    cos, sin = cos_TC[None, :, None, :], sin_TC[None, :, None, :]
+    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def seen(positions_T: Array, positions_S: Array, window: int | None) -> Array:
+    """[T, S]: whether s ≤ t, and t - s < window"""
+    past_TS = positions_T[:, None] - positions_S[None, :]
+    return (past_TS >= 0) if window is None else (past_TS >= 0) & (past_TS < window)

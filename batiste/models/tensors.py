@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every reader of weight files shares: named tensors that lie in a file, checked before they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from batiste.graph.errors import ArgumentError
+
+
+class WeightsError(ArgumentError):
+    """A file of weights is damaged, incomplete, hostile, or of another model."""
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file: its bytes are read, and no others, when it is called for."""
+
+    file: Path
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+    decode: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """The values, as an array of their shape."""
+        raw = np.fromfile(self.file, np.uint8, self.size, offset=self.offset)
+        if raw.size != self.size:
+            raise WeightsError("the file became shorter while it was read", at=str(self.file))
+        return self.decode(raw, self.shape)
+
+
+class Weights(NamedTuple):
+    """The tensors of a model by name, of one file or many, and what the file says of the model."""
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+
+def checked_shape(dims: Any, at: str, most: int) -> tuple[int, ...]:
+    """The dims as a shape of at most `most` elements.
+
+    Raises:
+        WeightsError: they are no sizes, or claim more than the file can hold.
+    """
+    fits = isinstance(dims, (list, tuple)) and len(dims) <= 8
+    if not fits or not all(type(dim) is int and 0 <= dim for dim in dims) or math.prod(dims) > most:
+        raise WeightsError("a tensor's shape is no shape that the file can hold", at=at, got=str(dims)[:80],
+                           expected=f"up to 8 sizes, {most} values together",
+                           fix="fetch the file again")  # fmt: skip
+    return tuple(dims)
+
+
+def file_size(path: Path) -> int:
+    """Bytes of the file.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if not path.is_file():
+        raise WeightsError("there is no such file of weights", at=str(path), fix="fetch it, or check the path")
+    return path.stat().st_size
