@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from batiste.graph import List, Pytree, Variable, data
 from batiste.graph.errors import ArgumentError, BatisteError
 
+from .optimizer import OptState
+
 __all__ = ["FINE", "NONFINITE", "SPIKE", "Guard", "LossScale", "NonFiniteError", "StepState"]
 
 FINE, NONFINITE, SPIKE = 0, 1, 2
@@ -108,9 +110,14 @@ class Guard(Pytree):
         return jnp.where(spiking, usual, 1.0)
 
     def judge(self, loss: jax.Array, norm: jax.Array, carried: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
-        """Keeps or refuses what the step wrote into `carried`, which held `before`; returns the verdict."""
+        """Keeps or refuses what the step wrote into `carried`, which held `before`; returns the verdict.
+
+        What an optimizer keeps is not looked at: a moment that is not finite shows in the parameters it updates.
+        """
         figures = _figures(loss, norm)
-        finite = jnp.isfinite(figures).all() & all_finite(v.get_value() for v in carried)
+        written = ((v, v.get_value(), old) for v, old in zip(carried, before))
+        made = [new for v, new, old in written if new is not old and not isinstance(v, OptState)]
+        finite = jnp.isfinite(figures).all() & all_finite(made)
         spiking = finite & jnp.any(figures > self.limit())
         verdict = jnp.where(spiking, SPIKE, FINE) if self.spike != "off" else jnp.int32(FINE)
         verdict = jnp.where(finite, verdict, NONFINITE if self.nonfinite != "off" else FINE)

@@ -21,13 +21,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from batiste.graph.errors import ArgumentError, CallError
 
 from .clock import Clock
 from .feed import END, Feed
-from .guards import FINE, all_finite, halted
+from .guards import FINE, halted
 from .hooks import Hook
 
 __all__ = ["Checkpoints", "Interrupted", "Run", "Until", "fit"]
@@ -36,15 +35,16 @@ AHEAD = 4  # steps that may be under way on the device
 
 
 class Checkpoints(Protocol):
-    """Where a run is saved and read again; `batiste.checkpoint.Manager` is one."""
+    """Where a run is saved and read again: `batiste.checkpoint.Manager`, or what has these parts of it."""
 
-    def due(self, step: int) -> bool: ...
+    @property
+    def every(self) -> int: ...
 
-    def save(self, step: int, tree: Any, *, metrics: dict[str, float], healthy: bool) -> Any: ...
+    def save(self, step: int, tree: Any, *, metrics: dict[str, float], force: bool) -> Any: ...
 
-    def restore_latest(self, into: Any) -> tuple[int, Any] | None: ...
+    def restore_latest(self, into: Any) -> Any: ...
 
-    def wait(self) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.window = Window()
         self.every = 10
+        self._saved: int | None = None
         self._pending: deque[tuple[int, Any, Any]] = deque()
 
     # ------------------------------------------------------------ looking at it
@@ -190,8 +191,7 @@ class Run:
         self.catch_up()
         hooks = [hook.state() if hasattr(hook, "state") else None for hook in self.hooks]
         place = {"step": self.step, "feed": self.feed.position(), "window": self.window.state(), "hooks": hooks}
-        text = np.frombuffer(json.dumps(place).encode(), np.uint8)
-        tree = {"state": self.state, "run": text}
+        tree = {"state": self.state, "run": json.dumps(place)}
         extras = getattr(self.function, "extras", None)
         return tree if extras is None else {**tree, "extras": extras}
 
@@ -199,8 +199,8 @@ class Run:
         """Takes what `tree` gave, read from a checkpoint; live objects have their values already."""
         if not isinstance(self.state, tuple):
             self.state = tree["state"]
-        place = json.loads(bytes(np.asarray(tree["run"])).decode())
-        self.step = place["step"]
+        place = json.loads(tree["run"])
+        self.step = self._saved = place["step"]
         self.feed.restore(place["feed"])
         self.window.restore(place["window"])
         for hook, kept in zip(self.hooks, place["hooks"]):
@@ -209,12 +209,17 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint of this step."""
-        if self.checkpoints is None:
-            return
-        tree = self.tree()
-        with self.clock("checkpoint"):
-            healthy = bool(all_finite(jax.tree.leaves(self.model)))
-            self.checkpoints.save(self.step, tree, metrics=self.latest(), healthy=healthy)
+        if self.checkpoints is not None and self._saved != self.step:
+            tree = self.tree()
+            with self.clock("checkpoint"):
+                self.checkpoints.save(self.step, tree, metrics=self.latest(), force=True)
+                self._saved = self.step
+
+    def close(self) -> None:
+        """Waits until what was saved is on the medium, and gives the folder free."""
+        if self.checkpoints is not None:
+            with self.clock("checkpoint"):
+                self.checkpoints.close()
 
 
 class Window:
@@ -271,7 +276,8 @@ def fit(
         data: batches: an iterable, read anew in every epoch; or a function of the epoch's number.
         until: when to end; a number means steps.
         hooks: what happens beside, in this order; see `Hook`.
-        checkpoints: saved when it says that it is due, at the end, and when the run is interrupted.
+        checkpoints: a `batiste.checkpoint.Manager`; the run is saved at multiples of its `every`, at the end, and when
+            it is interrupted.
         every: records are means over so many steps. Numbers are read when they have arrived; no step waits for them.
         fast_dev_run: three steps, two batches of every evaluation and no checkpoint: does the program run at all?
         overfit_batches: only so many batches, again and again: can the model learn at all?
@@ -305,7 +311,7 @@ def fit(
                 run.prepare()
                 found = checkpoints.restore_latest(into=run.tree())
                 if found is not None:
-                    run.go_to(found[1])
+                    run.go_to(found.state)
                     run.prepare()
         run.call("start")
         while not (received or run.reason):
@@ -314,9 +320,7 @@ def fit(
             run.catch_up()
             run.call("finish")
         run.save()
-        if checkpoints is not None:
-            with run.clock("checkpoint"):
-                checkpoints.wait()
+        run.close()
         if received:
             run.reason = f"stopped by {signal.Signals(received[0]).name}"
             raise Interrupted(received[0], run)
@@ -331,18 +335,21 @@ def _advance(run: Run) -> str:
         run.call("epoch")
         return run.reason or ("end of the data" if run.feed.once else "")
     run.take(batch)
-    if run.checkpoints is not None and run.checkpoints.due(run.step):
+    if run.checkpoints is not None and run.step % run.checkpoints.every == 0:
         run.save()
     return run.reason
 
 
 @contextmanager
 def _ended(run: Run) -> Iterator[None]:
-    """Ends all hooks, whatever happened."""
+    """Ends all hooks and the saving, whatever happened."""
     try:
         yield
     finally:
-        run.call("end")
+        try:
+            run.call("end")
+        finally:
+            run.close()
 
 
 @contextmanager

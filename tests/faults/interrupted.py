@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from batiste import nnx
+from batiste.checkpoint import Manager
 from batiste.training import EMA, Evaluation, Guard, Hook, JsonLines, Until, accuracy, fit, log_loss, train_step
-from tests.faults.store import Store
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 12, 3, 8
 
@@ -92,7 +92,7 @@ def main() -> None:
         Faults(args),
     ]
     run = fit(step, (model, optimizer), batches, Until(epochs=EPOCHS), hooks, every=5,
-              checkpoints=Store(args.folder / "checkpoints", every=7))  # fmt: skip
+              checkpoints=Manager(args.folder / "checkpoints", every=7))  # fmt: skip
     digest = hashlib.sha256()
     for value in jax.tree.leaves([nnx.as_pure(nnx.state(part)) for part in (model, optimizer, step.extras)]):
         key = jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)

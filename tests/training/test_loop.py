@@ -17,6 +17,7 @@ import optax
 import pytest
 
 from batiste import nnx
+from batiste.checkpoint import Manager
 from batiste.graph.errors import ArgumentError, CallError
 from batiste.training import (
     Curves,
@@ -35,7 +36,6 @@ from batiste.training import (
     read_lines,
     train_step,
 )
-from tests.faults.store import Store
 
 TX = optax.sgd(0.1)
 X = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
@@ -152,10 +152,10 @@ def test_numbers_go_to_lines_scalars_and_a_picture(tmp_path: Path) -> None:
 
 def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) -> None:
     lines = tmp_path / "metrics.jsonl"
-    fit(STEP, pair(), DATA, 10, [JsonLines(lines)], every=5, checkpoints=Store(tmp_path / "state", every=100))
+    fit(STEP, pair(), DATA, 10, [JsonLines(lines)], every=5, checkpoints=Manager(tmp_path / "state", every=100))
     with lines.open("a") as file:
         file.write('{"step": 15, "loss": 1.0}\n{"step": 20, "lo')
-    run = fit(STEP, pair(), DATA, 15, [JsonLines(lines)], every=5, checkpoints=Store(tmp_path / "state", every=100))
+    run = fit(STEP, pair(), DATA, 15, [JsonLines(lines)], every=5, checkpoints=Manager(tmp_path / "state", every=100))
     assert [row["step"] for row in read_lines(lines)] == [5, 10, 15]
     assert run.history == read_lines(lines)
 
@@ -185,7 +185,7 @@ def test_a_run_stops_early_and_keeps_that_over_a_checkpoint(tmp_path: Path) -> N
 
     def part(steps: int) -> Any:
         hooks = [StopEarly("loss", patience=3)]
-        return fit(step, pair(), DATA, steps, hooks, every=2, checkpoints=Store(tmp_path / "state", every=100))
+        return fit(step, pair(), DATA, steps, hooks, every=2, checkpoints=Manager(tmp_path / "state", every=100))
 
     part(6)
     assert part(100).step < 20
