@@ -114,9 +114,10 @@ def _copy(process: int, source: IO[str] | None, target: TextIO) -> threading.Thr
 
     def copy() -> None:
         assert source is not None
-        for line in source:
-            target.write(f"[{process}] {line.rstrip(chr(10))}\n")
-            target.flush()
+        with source:
+            for line in source:
+                target.write(f"[{process}] {line.rstrip(chr(10))}\n")
+                target.flush()
 
     thread = threading.Thread(target=copy, daemon=True)
     thread.start()
