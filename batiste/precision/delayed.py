@@ -52,7 +52,7 @@ class DelayedDot(Module):
                  preferred_element_type: DTypeLike | None = None, *, out_sharding: Any = None) -> Array:  # fmt: skip
         scales = self._scale("input", lhs), self._scale("kernel", rhs)
         dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
-        y = scaled_dot(lhs, rhs, *scales, as_tuples(dimension_numbers), dtype)
+        y: Any = scaled_dot(lhs, rhs, *scales, as_tuples(dimension_numbers), dtype)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def _scale(self, name: str, x: Array) -> Array:
@@ -99,8 +99,8 @@ def delayed(model: Any, *, history: int = 16, keep: tuple[str, ...] = KEEP) -> N
     kept = fitting(model, keep)
     for path, part in list(iter_graph(model)):
         if isinstance(part, Module) and path not in kept and (name := own_product(part)):
-            kernel = part.kernel
-            lead = kernel.shape[: len(kernel.shape) - kernel_rank(part)]
+            shape = vars(part)["kernel"].shape
+            lead = shape[: len(shape) - kernel_rank(part)]
             setattr(part, name, data((DelayedDot if name == "dot_general" else DelayedEinsum)(history, lead)))
 
 

@@ -297,7 +297,7 @@ def fp8_dot_general(
     """
     dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
     scales = scale_of(lhs, jnp.float8_e4m3fn), scale_of(rhs, jnp.float8_e4m3fn)
-    y = scaled_dot(lhs, rhs, *map(lax.stop_gradient, scales), as_tuples(dimension_numbers), dtype)
+    y: Any = scaled_dot(lhs, rhs, *map(lax.stop_gradient, scales), as_tuples(dimension_numbers), dtype)
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 

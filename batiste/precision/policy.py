@@ -114,12 +114,14 @@ class Policy:
         return jax.tree.map(lambda x: cast(x, self.output), tree)
 
     def wrap(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """`f(model, *args)` under the policy: arguments cast to `compute`, the result to `output`."""
+        """`f(model, *args)` with the model as it computes: calling it casts its arguments to `compute` and its result
+        to `output`. What else `f` does, such as the loss, stays in the dtypes that it is given."""
 
         @functools.wraps(f)
         def mixed(model: Any, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = self.cast((args, kwargs))
-            return self.result(f(self(model), *args, **kwargs))
+            computing = self(model)
+            object.__setattr__(computing, "__class__", _casting(type(model), self))  # a copy: it is nobody else's
+            return f(computing, *args, **kwargs)
 
         return mixed
 
@@ -130,6 +132,17 @@ class Policy:
             if isinstance(x, Param):
                 dtype = self.accumulate if path[:-1] in kept else self.param
                 x.set_value(jax.tree.map(lambda leaf, dtype=dtype: cast(leaf, dtype), x.get_value()))
+
+
+@functools.lru_cache(maxsize=256)
+def _casting(cls: type, policy: Policy) -> type:
+    """A class like this one, whose call casts."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = policy.cast((args, kwargs))
+        return policy.result(cls.__call__(self, *args, **kwargs))
+
+    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def fitting(model: Any, patterns: Iterable[str]) -> dict[Path, str]:

@@ -87,11 +87,23 @@ def test_shared_parameters_stay_shared_and_gradients_add_up() -> None:
     )  # fmt: skip
 
 
-def test_wrapped_functions_take_and_give_the_stated_dtypes() -> None:
+def test_in_a_wrapped_function_the_call_of_the_model_casts_and_nothing_else() -> None:
     seen = []
-    run = Policy(compute=jnp.float16).wrap(lambda model, x: seen.append(x.dtype) or model(x))
-    assert [y.dtype for y in run(Model(), X)] == [jnp.float32] * 2
-    assert seen == [jnp.float16]
+
+    class Watched(Model):
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            seen.append((x.dtype, type(self.first).__name__))
+            return super().__call__(x)
+
+    def loss(model: Model, x: jax.Array) -> tuple[jax.Array, ...]:
+        assert isinstance(model, Watched)
+        y, routes = model(x)
+        return x, y, routes
+
+    model = Watched()
+    assert [y.dtype for y in Policy(compute=jnp.float16).wrap(loss)(model, X)] == [jnp.float32] * 3
+    assert seen == [(jnp.float16, "Linear")]
+    assert type(model) is Watched
 
 
 def test_storing_in_another_dtype_and_back() -> None:
