@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from batiste.checkpoint import Manager
     from batiste.precision import Policy
     from batiste.sharding import Plan
-    from batiste.training import Checkpoints, Hook, Score, TrainStep, Until
+    from batiste.training import Hook, Score, TrainStep, Until
 
 
 @dataclasses.dataclass
@@ -28,7 +29,8 @@ class Experiment:
         require: the least value of a metric, or the largest of one of which less is better; missed, the exit code is 1.
         predict, labels, slices: as for `batiste.training.evaluate`.
         folder: where the run lives: checkpoints and `metrics.jsonl`. A second run goes on from there.
-        checkpoints: where the run is saved, if not in `folder`.
+        every: steps between two checkpoints in `folder`; the end, and an interruption, are saved too.
+        checkpoints: a Manager of one's own, in place of `folder` and `every`.
         hooks: if not progress, `metrics.jsonl` and an evaluation after each epoch.
         example: the arguments of a call of the model, for `inspect`; if not, the inputs of the first batch.
         plan, policy: by which the model is placed and computed; explained by `inspect`.
@@ -45,7 +47,8 @@ class Experiment:
     labels: Callable[[Any], Any] | None = None
     slices: Mapping[str, Callable[[Any], Any]] | None = None
     folder: str | Path | None = None
-    checkpoints: Checkpoints | None = None
+    every: int = 100
+    checkpoints: Manager | None = None
     hooks: Sequence[Hook] | None = None
     example: Any = None
     plan: Plan | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def measured(made: Experiment, model: Any) -> Report:
 
 def judged(made: Experiment, report: Report, args: Namespace) -> int:
     """Prints figures and verdict, writes them where asked, and gives the exit code."""
-    required = {**made.require, **thresholds(args.require, made.metrics)}
+    required = thresholds(made, args)
     verdict = report.check(required)
     print(report)
     if required:
@@ -54,24 +53,23 @@ def judged(made: Experiment, report: Report, args: Namespace) -> int:
     return verdict.exit_code
 
 
-def thresholds(texts: Iterable[str], known: Iterable[str]) -> dict[str, float]:
-    """Thresholds from texts `metric=value`.
+def thresholds(made: Experiment, args: Namespace) -> dict[str, float]:
+    """What is required of the metrics, by the experiment and by `--require metric=value`.
 
-    >>> thresholds(["accuracy=0.98"], ["accuracy"])
-    {'accuracy': 0.98}
+    Raises:
+        UsageError: a threshold of something that is not measured, or that is no number.
     """
-    found: dict[str, float] = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        if name not in known:
-            raise UsageError(
-                f"There is no metric {name!r}", expected=f"one of {', '.join(known)}", fix=meant(name, known)
-            )
+    found: dict[str, float | str] = dict(made.require)
+    found.update((name, value) for name, _, value in (text.partition("=") for text in args.require))
+    for name, value in found.items():
+        if name not in made.metrics:
+            known = ", ".join(made.metrics) or "none"
+            raise UsageError(f"There is no metric {name!r}", expected=f"one of {known}", fix=meant(name, made.metrics))
         try:
             found[name] = float(value)
         except ValueError:
             raise UsageError(f"The threshold of {name} is no number", got=repr(value)) from None
-    return found
+    return found  # type: ignore[return-value]
 
 
 def written(path: str, content: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -18,16 +19,16 @@ from .usage import NEGATIVE, OK
 
 def run(args: Namespace) -> int:
     made = experiment(args, "state", "step", "data", "until")
-    thresholds(args.require, made.metrics)  # said now, not after the training
+    thresholds(made, args)  # what is wrong with them is said now, not after the training
     place = args.folder or made.folder
     folder = Path(place) if place else None
-    checkpoints = made.checkpoints
-    if checkpoints is None and folder is not None:
-        checkpoints = manager(folder)
+    own = manager(folder, made.every) if folder is not None and made.checkpoints is None else None
     hooks = usual_hooks(made, folder) if made.hooks is None else made.hooks
     try:
-        trained: Any = fit(made.step, made.state, made.data, made.until, hooks, checkpoints=checkpoints,  # type: ignore
-                      fast_dev_run=args.fast_dev_run, overfit_batches=args.overfit_batches)  # fmt: skip
+        with own or contextlib.nullcontext():
+            trained: Any = fit(made.step, made.state, made.data, made.until, hooks,  # type: ignore[arg-type]
+                               checkpoints=made.checkpoints or own, fast_dev_run=args.fast_dev_run,
+                               overfit_batches=args.overfit_batches)  # fmt: skip
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise

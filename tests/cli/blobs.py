@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import signal
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ from batiste import nn, nnx
 from batiste.cli import Experiment
 from batiste.data import Loader
 from batiste.graph import Module, Param, Rngs
-from batiste.training import Optimizer, accuracy, log_loss, train_step
+from batiste.training import Hook, Optimizer, accuracy, log_loss, train_step
 
 
 class Activation(enum.Enum):
@@ -75,6 +77,29 @@ def blobs(config: Config) -> Experiment:
         require={"accuracy": 0.9},
         policy="bfloat16",
     )
+
+
+@dataclasses.dataclass
+class Kept(Config):
+    """Of a run that is kept, and perhaps stopped by a signal."""
+
+    folder: Path = Path("run")
+    stop_at: int | None = None
+
+
+class Stop(Hook):
+    def __init__(self, at: int | None):
+        self.at = at
+
+    def step(self, run):
+        if run.step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def kept(config: Kept) -> Experiment:
+    made = blobs(config)
+    made.folder, made.every, made.hooks = config.folder, 10, [Stop(config.stop_at)]
+    return made
 
 
 def model_alone() -> Experiment:

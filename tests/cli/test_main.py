@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from batiste import checkpoint
 from batiste.cli import main
+from tests.cli.blobs import Config, blobs, points
 
 BLOBS = str(Path(__file__).with_name("blobs.py"))
 PROGRAM = f"{BLOBS}:blobs"
@@ -97,6 +99,22 @@ def test_a_training_that_breaks_down_is_a_negative_result(capsys: pytest.Capture
     assert "batiste train: " in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [f"{BLOBS}:kept", "--set", f"folder={tmp_path / 'run'}", "--set", "steps=40"]
+    assert main(["evaluate", *command]) == 2
+    assert "There is no checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *command, "--set", "stop_at=7"])
+    assert stopped.value.code == 130
+    assert "stopped by SIGINT after step 7" in capsys.readouterr().err
+    assert main(["train", *command]) == 0
+    figures = capsys.readouterr().out
+    assert main(["evaluate", *command]) == 0
+    assert capsys.readouterr().out == figures
+    assert main(["train", PROGRAM, "--set", "steps=40"]) == 0
+    assert capsys.readouterr().out == figures, "as without the interruption"
+
+
 def test_a_fast_run_has_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", PROGRAM, "--fast-dev-run"]) == 0
     assert "step 3 of 3" in capsys.readouterr().err
@@ -111,3 +129,66 @@ def test_inspect_shows_calls_values_and_precision(capsys: pytest.CaptureFixture[
     assert "layers/layers/1  Linear  float32  bfloat16" in out
     assert main(["inspect", f"{BLOBS}:model_alone"]) == 0
     assert "The table of calls needs the arguments of one" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model as it was made, and one that was trained, as a file of its own and as the folder of a run."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = blobs(Config())
+    checkpoint.save(folder / "new.ckpt", made.model)
+    for _ in range(40):
+        made.step(*made.state, points(Config(), 0))  # pyright: ignore[reportOptionalCall]
+    checkpoint.save(folder / "trained.ckpt", made.model)
+    with checkpoint.Manager(folder / "run" / "checkpoints") as manager:
+        manager.save(40, {"state": made.state, "run": 40})
+    return {"new": folder / "new.ckpt", "trained": folder / "trained.ckpt", "run": folder / "run"}
+
+
+def test_a_checkpoint_is_evaluated_wherever_it_is(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = []
+    for place in (
+        checkpoints["trained"],
+        checkpoints["run"],
+        checkpoints["run"] / "checkpoints",
+        checkpoints["run"] / "checkpoints" / "0000000040.ckpt",
+    ):
+        assert main(["evaluate", PROGRAM, "--from", str(place)]) == 0
+        figures.append(capsys.readouterr().out)
+    assert len(set(figures)) == 1
+    assert main(["evaluate", PROGRAM, "--from", str(checkpoints["new"])]) == 1
+    assert capsys.readouterr().out != figures[0]
+    assert main(["evaluate", PROGRAM]) == 1
+    assert "the model is as the program makes it" in capsys.readouterr().err
+
+
+def test_two_checkpoints_are_compared(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, trained, file = str(checkpoints["new"]), str(checkpoints["run"]), tmp_path / "changes.json"
+    assert main(["compare", PROGRAM, new, trained, "--json", str(file)]) == 0
+    assert "better in loss: examples" in capsys.readouterr().out
+    assert json.loads(file.read_text())["changes"]["loss"]["verdict"] == "better"
+    assert main(["compare", PROGRAM, trained, new]) == 1
+    assert "worse" in capsys.readouterr().out
+
+
+def test_checkpoints_that_cannot_be_used_are_explained(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(checkpoints["trained"].read_bytes()[:-9])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for place, message in (
+        (tmp_path / "nowhere", "There is no checkpoint"),
+        (empty, "no checkpoint"),
+        (damaged, "damaged"),
+    ):
+        assert main(["evaluate", PROGRAM, "--from", str(place)]) == 2
+        assert message in (error := capsys.readouterr().err)
+        assert "Traceback" not in error
+    assert main(["evaluate", PROGRAM, "--from", str(checkpoints["trained"]), "--set", "sizes=9"]) == 2
+    assert "layers/layers/0/kernel" in capsys.readouterr().err

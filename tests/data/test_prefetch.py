@@ -66,6 +66,15 @@ def test_batches_lie_where_the_plan_says() -> None:
     assert found["name"] is batch["name"]
 
 
+def test_with_several_processes_each_passes_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        jax, "process_count", lambda: 2
+    )  # all devices are of this process, so its rows are all there are
+    found = next(prefetch([{"x": np.arange(16.0, dtype=np.float32)}], 1, sharding.data_parallel()))
+    assert found["x"].sharding.spec[0] == "data"
+    np.testing.assert_array_equal(found["x"], np.arange(16))
+
+
 def test_a_batch_that_cannot_be_shared_is_an_error_with_its_position() -> None:
     batches = prefetch(Loader(np.ones((12, 2), np.float32), 8).feed(), 2, sharding.data_parallel())
     next(batches)
