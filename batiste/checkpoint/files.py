@@ -18,6 +18,7 @@ PARTIAL = ".partial"
 _counter = itertools.count()
 _held: set[str] = set()  # folders that Managers of this process write; record locks do not tell two of them apart
 _held_lock = threading.Lock()
+_writing: set[Path] = set()  # what this process writes now
 
 
 class Fs:
@@ -125,7 +126,7 @@ def write_all(fs: Fs, file: int, data: memoryview) -> None:
 def write_sealed(fs: Fs, path: Path, write: Callable[[int], None]) -> None:
     """Writes a file so that at every moment `path` is the old file or the whole new one, also after a power loss.
 
-    The content goes to a file beside it, that to the medium, then it takes the name, then the folder goes to the medium.
+    The content goes to a file beside it and to the medium; that takes the name; then the folder goes to the medium.
 
     Args:
         write: puts the content into an open file.
@@ -138,6 +139,7 @@ def write_sealed(fs: Fs, path: Path, write: Callable[[int], None]) -> None:
     with typed(path, "write"):
         make_folders(fs, path.parent)
         remove_partial(fs, path.parent, of=path.name)
+        _writing.add(partial)
         try:
             file = fs.create(partial)
             try:
@@ -150,6 +152,8 @@ def write_sealed(fs: Fs, path: Path, write: Callable[[int], None]) -> None:
             with contextlib.suppress(OSError):
                 fs.remove(partial)
             raise
+        finally:
+            _writing.discard(partial)
         fs.sync_folder(path.parent)
 
 
@@ -159,15 +163,18 @@ def remove_partial(fs: Fs, folder: Path, of: str | None = None) -> None:
         if not (name.startswith(f".{of}." if of else ".") and name.endswith(PARTIAL)):
             continue
         pid = name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")[0]
-        if of is None or not (pid.isdigit() and _is_alive(int(pid))):
+        if of is None or not _is_written(folder / name, pid):
             with contextlib.suppress(FileNotFoundError):
                 fs.remove(folder / name)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_written(partial: Path, pid: str) -> bool:
+    """Whether the process that began a file may still be at it."""
+    if pid == str(os.getpid()):
+        return partial in _writing
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:
         return True

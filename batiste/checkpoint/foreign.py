@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from batiste.checkpoint.errors import CorruptError
-from batiste.checkpoint.leaves import SCALARS
+from batiste.checkpoint.leaves import SCALARS, is_key_array
+from batiste.checkpoint.match import impl_of
 from batiste.checkpoint.sealed import DTYPES, HEAD, Entry
 from batiste.graph.optional import need
 from batiste.graph.text import size_text
@@ -49,7 +50,7 @@ class Foreign:
             self._values[jax.tree_util.keystr(keys, simple=True, separator="/") or "value"] = leaf
         self.entries = {name: _entry(path, name, value) for name, value in self._values.items()}
 
-    def __enter__(self) -> Foreign:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,11 +66,11 @@ class Foreign:
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
+    if is_key_array(value):
+        words: Any = jax.random.key_data(value)
+        return Entry(name, np.dtype(words.dtype), words.shape, impl=impl_of(value))
     if isinstance(value, SCALARS) and not isinstance(value, np.generic):
         return Entry(name, scalar=value)
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        bits = jax.random.key_data(value)
-        return Entry(name, np.dtype(bits.dtype), bits.shape, impl=str(jax.random.key_impl(value)))
     dtype = getattr(value, "dtype", None)
     if dtype is None or np.dtype(dtype).name not in DTYPES:
         raise _refusal(path, f"the entry {name!r:.200} is a {type(value).__name__}")
@@ -86,9 +87,9 @@ def _refusal(path: Path, why: str) -> CorruptError:
 
 def _without_boxes(tree: Any) -> Any:
     """Variables that were saved as a dict with nothing but a value are that value."""
-    if isinstance(tree, dict):
-        return _without_boxes(tree["value"]) if set(tree) == {"value"} else {k: _without_boxes(v) for k, v in tree.items()}
-    return tree
+    if not isinstance(tree, dict):
+        return tree
+    return _without_boxes(tree["value"]) if set(tree) == {"value"} else {k: _without_boxes(x) for k, x in tree.items()}
 
 
 def _msgpack(path: Path, max_bytes: int | None) -> Any:

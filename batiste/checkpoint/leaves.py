@@ -10,9 +10,10 @@ A module's entries are named by its state's paths, each shared Variable once; a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from batiste.graph import State, Variable, from_flat_state, state, to_flat_state, update
@@ -25,7 +26,7 @@ Key = tuple[Any, ...]
 
 def is_key_array(x: Any) -> bool:
     """Whether an array holds typed random keys."""
-    return isinstance(x, jax.Array | jax.ShapeDtypeStruct) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 class Leaves:
@@ -45,7 +46,8 @@ class Leaves:
         prefixes = [_name(path) for path, _ in found]
         objects = [(prefix, part) for prefix, part in zip(prefixes, self._parts) if _is_object(part)]
         self._objects = [part for _, part in objects]
-        self._flat = list(to_flat_state(state(self._objects, only))) if objects else []
+        flat: Any = to_flat_state(cast(State, state(self._objects, only))) if objects else ()
+        self._flat: list[tuple[Key, Any]] = list(flat)
         self.values: dict[str, Any] = {}
         self._names: list[list[str] | None] = [
             None if _is_object(part) else self._add(prefix, part) for prefix, part in zip(prefixes, self._parts)

@@ -8,10 +8,10 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from batiste.checkpoint.errors import CheckpointWarning, CorruptError, NotFoundError
-from batiste.checkpoint.files import Fs, FolderLock, make_folders, remove_partial, typed
+from batiste.checkpoint.files import FolderLock, Fs, make_folders, remove_partial, typed
 from batiste.checkpoint.saving import FS, Saving, load, peek, save_async
 from batiste.checkpoint.sealed import Sealed
 from batiste.graph.errors import ArgumentError
@@ -20,7 +20,7 @@ NAME = re.compile(r"(\d{10,18})\.ckpt")
 
 
 class Restored(NamedTuple):
-    """What `Manager.restore_latest` found: the step, the values, and the later steps that were passed over, with why."""
+    """What `Manager.restore_latest` found: the step, the values, and which later steps were passed over, and why."""
 
     step: int
     state: Any
@@ -30,8 +30,8 @@ class Restored(NamedTuple):
 class Manager:
     """A folder of checkpoints, one file per step, with one writer.
 
-    The newest `keep` are kept, the `best` one, and the last healthy one, which rotation never takes. The folder is locked
-    from the first save until `close()` or the end of the process; reading needs no lock.
+    The newest `keep` are kept, the `best` one, and the last healthy one, which rotation never takes. The folder is
+    locked from the first save until `close()` or the end of the process; reading needs no lock.
 
     Args:
         keep: how many of the newest steps stay; None for all.
@@ -57,7 +57,7 @@ class Manager:
         self._saving: Saving | None = None
         self._known: dict[int, tuple[bool, dict[str, float]]] = {}  # of each step: healthy, metrics
 
-    def __enter__(self) -> Manager:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,7 +130,7 @@ class Manager:
         if self.keep is None or len(steps) <= self.keep:
             return
         about = {step: self._about(step) for step in steps}
-        kept = {*steps[-self.keep :], *(step for step in (self.last_healthy(about), self.best(about)) if step is not None)}
+        kept = {*steps[-self.keep :], self.last_healthy(about), self.best(about)}
         with typed(self.folder, "remove an old step"):
             for step in steps:
                 if step not in kept:
@@ -156,7 +156,7 @@ class Manager:
         """The healthy step with the best metric; the newer one of equals."""
         about = about or {step: self._about(step) for step in self.steps()}
         name, sign = self.best_metric, 1 if self.best_mode == "max" else -1
-        ranks = [(sign * metrics[name], step) for step, (healthy, metrics) in about.items() if healthy and name in metrics]
+        ranks = [(sign * table[name], step) for step, (healthy, table) in about.items() if healthy and name in table]
         return max(ranks)[1] if ranks else None
 
     # ------------------------------------------------------------ going back
@@ -172,8 +172,9 @@ class Manager:
         if not path.exists():
             raise NotFoundError("There is no such step", at=str(path), got=step, expected=self.steps())
         with Sealed(self._fs, path) as found:
-            if found.about.get("step") != step:
-                raise CorruptError("The file holds another step", at=str(path), got=found.about.get("step"), expected=step)
+            held = found.about.get("step")
+        if held != step:
+            raise CorruptError("The file holds another step", at=str(path), got=held, expected=step)
         return load(path, into, fs=self._fs, **options)
 
     def restore_latest(self, into: Any = None, *, healthy: bool = False, **options: Any) -> Restored | None:
@@ -200,10 +201,13 @@ class Manager:
                 skipped[step] = str(error)
             else:
                 if skipped:
-                    reasons = "".join(f"\n  step {late}: {reason}" for late, reason in skipped.items())
-                    warnings.warn(f"Went back to step {step} of {self.folder}:{reasons}", CheckpointWarning, stacklevel=2)
+                    text = f"Went back to step {step} of {self.folder}:{_reasons(skipped)}"
+                    warnings.warn(text, CheckpointWarning, stacklevel=2)
                 return Restored(step, state, skipped)
         if skipped:
-            reasons = "".join(f"\n  step {late}: {reason}" for late, reason in skipped.items())
-            raise CorruptError(f"No step can be restored:{reasons}\n", at=str(self.folder))
+            raise CorruptError(f"No step can be restored:{_reasons(skipped)}\n", at=str(self.folder))
         return None
+
+
+def _reasons(skipped: Mapping[int, str]) -> str:
+    return "".join(f"\n  step {step}: {reason}" for step, reason in skipped.items())

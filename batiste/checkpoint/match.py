@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the entries of a checkpoint fit what they are loaded into: all differences at once, before anything is written."""
+"""Whether the entries of a checkpoint fit what they are loaded into: all differences at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def matched(
     if rows:
         raise _mismatch(sorted(rows), path, list(fixes))
     if wanted and not fits:
-        raise _mismatch([("(all)", "missing", "-", f"{len(wanted)} entries")], path, ["look at batiste.checkpoint.peek"])
+        rows = [("(all)", "missing", "-", f"{len(wanted)} entries")]
+        raise _mismatch(rows, path, ["batiste.checkpoint.peek(path) shows what is there"])
     return fits
 
 
@@ -81,7 +82,7 @@ def _renamed(entries: Mapping[str, Entry], rename: Rename) -> dict[str, Entry]:
             raise ArgumentError("rename gives two entries one name", got=new, fix="leave one of them out")
         result[new] = entry
     if not callable(rename) and (idle := sorted(set(rename) - used)):
-        raise ArgumentError("rename names entries that the checkpoint does not have", got=idle, expected=list(entries)[:20])
+        raise ArgumentError("rename names what the checkpoint does not have", got=idle, expected=list(entries)[:20])
     return result
 
 
@@ -108,7 +109,7 @@ def _difference(entry: Entry, like: Any) -> str:
     if (entry.impl is not None) != is_key_array(like):
         return "dtype"
     if entry.impl is not None:
-        return "shape" if entry.shape[: like.ndim] != like.shape else "" if impl_of(like) == entry.impl else "dtype"
+        return "shape" if entry.shape[:-1] != like.shape else "" if impl_of(like) == entry.impl else "dtype"
     return "shape" if entry.shape != like.shape else "" if entry.dtype == like.dtype else "dtype"
 
 

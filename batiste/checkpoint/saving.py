@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from batiste.checkpoint import sealed
 from batiste.checkpoint.errors import NotFoundError
@@ -134,16 +135,19 @@ class Taken:
                 raise ArgumentError("A checkpoint cannot hold keys of this kind", at=name, got=self.impl)
             self.value = jax.random.key_data(value)
         elif isinstance(value, jax.ShapeDtypeStruct):
-            raise ArgumentError("This entry has a shape and no value", at=name, got=described(value), fix="run the model")
+            raise ArgumentError("This entry is a shape without values", at=name, got=described(value))
         if isinstance(self.value, jax.Array):
-            if isinstance(self.value, jax.core.Tracer):
-                raise ArgumentError("A checkpoint is saved outside of jit", at=name, got="a tracer", fix="return the state")
+            if isinstance(self.value, Tracer):
+                raise ArgumentError(
+                    "A tracer cannot be saved", at=name, fix="return the state, and save it outside of jit"
+                )
             if not self.value.is_fully_addressable:
                 raise ArgumentError(
                     "This array has parts on other hosts", at=name, fix="gather it, or save it with orbax.checkpoint"
                 )
-        if isinstance(value, np.ndarray | np.generic | jax.Array) and np.dtype(self.value.dtype).name not in sealed.DTYPES:
-            raise ArgumentError("A checkpoint cannot hold this dtype", at=name, got=value.dtype)
+        dtype = getattr(self.value, "dtype", None)
+        if dtype is not None and np.dtype(dtype).name not in sealed.DTYPES:
+            raise ArgumentError("A checkpoint cannot hold this dtype", at=name, got=dtype)
 
     def written(self) -> Written:
         """Its content on the host: one box for each part that lies on a device of its own."""
@@ -201,8 +205,8 @@ def _write(fs: Fs, path: Path, leaves: list[Taken], about: dict[str, Any]) -> No
 
 
 def load(
-    path: str | os.PathLike[str], into: Any = None, *, rename: Rename = None, ignore: Choice = (), partial: Choice = False,
-    cast: Choice = False, max_bytes: int | None = None, fs: Fs = FS,
+    path: str | os.PathLike[str], into: Any = None, *, rename: Rename = None, ignore: Choice = (),
+    partial: Choice = False, cast: Choice = False, max_bytes: int | None = None, fs: Fs = FS,
 ) -> Any:  # fmt: skip
     """A checkpoint's values in `into`: objects in it are written into, all else is returned anew; each array lies where
     its counterpart lies, on whatever mesh. Without `into`, nested dicts of NumPy arrays.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file format: arrays as they lie in memory, then a manifest that knows a checksum of each piece, then the seal.
 
-    HEAD (16 bytes) | pieces of the arrays, end to end | manifest (JSON) | its length | SHA-256 of the two | END (8 bytes)
+    HEAD (16 bytes) | pieces of arrays, end to end | manifest (JSON) | its length | SHA-256 of the two | END (8 bytes)
 
 A piece is at most 4 MiB of one part of an array, a part one device's share. Nothing is compressed, nothing padded, no
-offset is stored: so the arrays of a file never need more memory than the file has bytes, every byte is under a checksum,
-and no two arrays can overlap. Reading evaluates nothing and imports nothing.
+offset is stored: so the arrays of a file never need more memory than the file has bytes, every byte is under a
+checksum, and no two arrays can overlap. Reading evaluates nothing and imports nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ DTYPES = {
     )
 }
 DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
-IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
+IMPLS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # kinds of random keys, and how many words one has
 
 
 class Part(NamedTuple):
@@ -90,9 +90,9 @@ def write(fs: Fs, file: int, leaves: Iterable[Written], about: dict[str, Any]) -
         for start, box in leaf.boxes:
             checks = []
             for piece in _pieces(_bytes(box)):
-                checks.append(zlib.crc32(piece))
+                checks.append(zlib.crc32(piece.data))
                 finite = finite and _finite(piece, leaf)
-                write_all(fs, file, memoryview(piece))
+                write_all(fs, file, piece.data)
             parts.append([list(start), list(box.shape), checks])
         if leaf.dtype is None:
             entries.append([leaf.name, type(leaf.scalar).__name__, _text(leaf.scalar)])
@@ -134,7 +134,7 @@ def _text(x: Any) -> str:
     return f"{x.real.hex()} {x.imag.hex()}" if isinstance(x, complex) else str(x)
 
 
-_FROM_TEXT = {
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bool": {"True": True, "False": False}.__getitem__,
     "int": int,
     "float": float.fromhex,
@@ -163,7 +163,7 @@ class Sealed:
             self.close()
             raise
 
-    def __enter__(self) -> Sealed:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -178,7 +178,7 @@ class Sealed:
         raise CorruptError(what, at=str(self.path), fix="load an older checkpoint, or copy this one anew", **more)
 
     def _read(self, into: np.ndarray, offset: int, what: str | None = None) -> None:
-        view = memoryview(into)
+        view: memoryview = into.data
         while view:
             try:
                 count = self._fs.read(self._file, view, offset)
@@ -205,11 +205,17 @@ class Sealed:
             self._refuse("the manifest is not what was sealed")
         data = self._size - least - length
         if max_bytes is not None and data > max_bytes:
-            self._refuse("it is larger than allowed", got=f"{data} bytes", expected=f"at most {max_bytes}")
+            raise CorruptError(
+                "The checkpoint is larger than max_bytes",
+                at=str(self.path),
+                got=f"{data} bytes",
+                expected=f"at most {max_bytes}",
+            )
         try:
-            manifest = json.loads(content, object_pairs_hook=_once, parse_constant=_no_constant)
-            _want(type(manifest) is dict and type(manifest.get("format")) is int, "no format")
-            _want(manifest["format"] <= FORMAT, f"format {manifest['format']}, which a later release wrote")
+            manifest: Any = json.loads(content, object_pairs_hook=_once, parse_constant=_no_constant)
+            version: Any = manifest.pop("format") if type(manifest) is dict else None
+            _want(type(version) is int and version > 0, "no format")
+            _want(version <= FORMAT, f"format {version}, which a later release wrote")
             entries, offset = _entries(manifest.pop("entries", None))
             _want(_is_about(manifest), "what is said about it is malformed")
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
@@ -234,7 +240,7 @@ class Sealed:
     def _read_part(self, content: np.ndarray, part: Part, name: str) -> None:
         for i, (piece, check) in enumerate(zip(_pieces(content), part.checks)):
             self._read(piece, part.offset + i * PIECE, name)
-            if zlib.crc32(piece) != check:
+            if zlib.crc32(piece.data) != check:
                 self._refuse("its checksum is another", name)
 
     def verify(self) -> None:
@@ -250,11 +256,11 @@ class Sealed:
                 for i, check in enumerate(part.checks):
                     piece = room[: min(PIECE, left - i * PIECE)]
                     self._read(piece, part.offset + i * PIECE, entry.name)
-                    if zlib.crc32(piece) != check:
+                    if zlib.crc32(piece.data) != check:
                         self._refuse("its checksum is another", entry.name)
 
 
-def _want(true: bool, otherwise: str) -> None:
+def _want(true: Any, otherwise: str) -> None:
     if not true:
         raise ValueError(otherwise)
 
@@ -287,14 +293,16 @@ def _counts(x: Any, what: str) -> tuple[int, ...]:
 def _entries(listed: Any) -> tuple[dict[str, Entry], int]:
     """The entries by name, and where the last one's bytes end."""
     _want(type(listed) is list, "no list of entries")
+    items: list[Any] = listed
     entries: dict[str, Entry] = {}
     offset = len(HEAD)
-    for item in listed:
+    for item in items:
         _want(type(item) is list and len(item) in (3, 5), "an entry that is none")
-        name = item[0]
+        name: Any = item[0]
         _want(type(name) is str and 0 < len(name) <= NAME_LIMIT and name not in entries, "an entry's name")
         if len(item) == 3:
-            kind, text = item[1:]
+            kind: Any = item[1]
+            text: Any = item[2]
             _want(type(kind) is str and kind in _FROM_TEXT and type(text) is str, f"the kind of {name!r:.99}")
             entries[name] = Entry(name, scalar=_FROM_TEXT[kind](text))
         else:
@@ -304,21 +312,23 @@ def _entries(listed: Any) -> tuple[dict[str, Entry], int]:
 
 def _array_entry(item: list[Any], offset: int) -> tuple[Entry, int]:
     name, dtype, shape, parts, impl = item
-    _want(type(dtype) is str and dtype in DTYPES, f"the dtype of {name!r:.99}")
-    _want(impl is None or (type(impl) is str and impl in IMPLS and dtype == "uint32"), f"the kind of the key {name!r:.99}")
-    kind, sides = DTYPES[dtype], _counts(shape, f"the shape of {name!r:.99}")
-    _want(len(sides) <= 32 and math.prod(max(n, 1) for n in sides) * kind.itemsize < 1 << 62, f"the shape of {name!r:.99}")
-    _want(type(parts) is list, f"the parts of {name!r:.99}")
+    shown = f"{name!r:.99}"
+    _want(type(dtype) is str and dtype in DTYPES, f"the dtype of {shown}")
+    _want(impl is None or (type(impl) is str and impl in IMPLS and dtype == "uint32"), f"the kind of the key {shown}")
+    kind, sides = DTYPES[dtype], _counts(shape, f"the shape of {shown}")
+    _want(impl is None or sides[-1:] == (IMPLS[impl],), f"the words of the key {shown}")
+    _want(len(sides) <= 32 and math.prod(max(n, 1) for n in sides) * kind.itemsize < 1 << 62, f"the shape of {shown}")
+    _want(type(parts) is list, f"the parts of {shown}")
     boxes = []
     for part in parts:
-        _want(type(part) is list and len(part) == 3, f"a part of {name!r:.99}")
-        start, size, checks = (_counts(x, f"a part of {name!r:.99}") for x in part)
-        _want(len(start) == len(size) == len(sides), f"a part of {name!r:.99}")
+        _want(type(part) is list and len(part) == 3, f"a part of {shown}")
+        start, size, checks = (_counts(x, f"a part of {shown}") for x in part)
+        _want(len(start) == len(size) == len(sides), f"a part of {shown}")
         count = math.prod(size) * kind.itemsize
-        _want(len(checks) == -(-count // PIECE), f"the checksums of {name!r:.99}")
+        _want(len(checks) == -(-count // PIECE), f"the checksums of {shown}")
         boxes.append(Part(start, size, offset, checks))
         offset += count
-    _want(_cover(sides, boxes), f"the parts of {name!r:.99} do not make up the array")
+    _want(_cover(sides, boxes), f"the parts of {shown} do not make up the array")
     return Entry(name, kind, sides, tuple(boxes), impl), offset
 
 

@@ -43,7 +43,7 @@ def load_weights(
     path: str | os.PathLike[str], into: Any = None, *, only: Any = Param, rename: Rename = None, ignore: Choice = (),
     partial: Choice = False, cast: Choice = False,
 ) -> Any:  # fmt: skip
-    """Reads a safetensors file into the parameters of a model, with the options of `load`; without `into`, nested dicts.
+    """Reads a safetensors file into a model's parameters, with the options of `load`; without `into`, nested dicts.
 
     Raises:
         NotFoundError, CorruptError, MismatchError: as `load`. A safetensors file has no checksum: flipped bits pass.
