@@ -56,6 +56,7 @@ __all__ = [
 class Module(Bound):
     """Base of all modules of the functional face. Subclasses are dataclasses of settings.
 
+    >>> import jax.numpy as jnp
     >>> class MLP(Module):
     ...     features: int
     ...     @compact

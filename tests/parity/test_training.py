@@ -186,8 +186,7 @@ def test_errors_take_the_same_arguments_and_keep_the_words():
 
 def test_flags_have_the_same_names_and_defaults():
     theirs = {name: getattr(flags.config, name) for name in flags.config._values}
-    ours = vars(batiste.configurations.config)
-    assert {name: ours[name] for name in theirs} == theirs
+    assert {name: getattr(batiste.configurations.config, name) for name in theirs} == theirs
     holders = {name for name, x in vars(flags).items() if isinstance(x, flags.FlagHolder)}
     assert holders <= set(batiste.configurations.__all__)
 
