@@ -7,14 +7,18 @@ memory, so that whoever waits for a worker that died, hangs or is slow can say f
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawArray
 from pickle import PicklingError
 from typing import Any
@@ -39,21 +43,32 @@ def serve(work: Work, pipe: Connection, shared: Any) -> None:
     """What a worker does: a task comes in, a batch or the reason why there is none goes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the program decides what it means
     jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the program
+    threading.Thread(target=end_with_the_program, daemon=True).start()
 
     def mark(record: int) -> None:
         shared[RECORD] = record
         shared[BEAT] += 1
 
-    while True:
-        try:
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the program is gone
+        while True:
             task = pipe.recv()
-        except EOFError:
-            return  # the program is gone
-        try:
-            result = (work(task, mark), None)
-        except Exception as error:
-            result = (None, (portable(error), traceback.format_exc()))
-        pipe.send(result)
+            try:
+                message = dumped((work(task, mark), None))
+            except Exception as error:
+                message = dumped((None, (portable(error), traceback.format_exc())))
+            pipe.send_bytes(message)
+
+
+def end_with_the_program() -> None:
+    """A record may hang, and the program may be killed; its workers do not outlive it."""
+    program = multiprocessing.parent_process()
+    if program is not None:
+        program.join()
+        os._exit(0)
+
+
+def dumped(result: Any) -> memoryview:
+    return ForkingPickler.dumps(result)
 
 
 def portable(error: Exception) -> Exception:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -40,6 +41,11 @@ def fault(how: str) -> None:
         time.sleep(60)
     if how == "slow":
         time.sleep(0.7)
+
+
+def opened(record: dict, rng: np.random.Generator) -> dict:
+    """A record with something that cannot be sent from process to process."""
+    return {"file": threading.Lock()}
 
 
 def noisy(record: dict, rng: np.random.Generator) -> dict:

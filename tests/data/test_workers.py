@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +17,7 @@ import pytest
 
 from batiste.data import DataError, DataTimeout, Loader, SlowDataWarning, WorkerError, prefetch
 from batiste.graph.errors import ArgumentError
-from tests.data.records import Squares, noisy
+from tests.data.records import Squares, noisy, opened
 
 
 def test_the_batches_do_not_depend_on_the_workers_before_and_after_a_restore() -> None:
@@ -73,6 +78,35 @@ def test_what_cannot_be_sent_to_a_worker_is_explained() -> None:
     feed = Loader(Squares(), 4, record=lambda record, rng: record, workers=1).feed()
     with pytest.raises(ArgumentError, match=r"Fix: define what reads the records at the top level of a module"):
         next(feed)
+
+
+def test_a_batch_that_cannot_be_sent_is_explained() -> None:
+    feed = Loader(Squares(), 4, record=opened, workers=1).feed()
+    with pytest.raises(DataError, match=r"cannot pickle '_thread.lock' object"):
+        next(feed)
+
+
+PROGRAM = """
+import os, signal
+from batiste.data import Loader
+from tests.data.records import Squares
+
+if __name__ == "__main__":
+    feed = Loader(Squares(bad=12, how="hang"), 4, shuffle=False, workers=1).feed()
+    next(feed)
+    print(feed._workers.workers[0].process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, env=env, timeout=60
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert ended.stderr == "", "reading until the worker's end of stderr shows that it has ended"
 
 
 def test_a_feed_that_is_dropped_takes_its_workers_with_it() -> None:
