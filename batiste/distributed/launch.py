@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
+import queue
 import re
 import shutil
 import signal
@@ -146,25 +148,26 @@ def _signals_passed_on(children: list[subprocess.Popen[str]]) -> Iterator[list[i
 
 
 def _wait(children: list[subprocess.Popen[str]], received: list[int], grace: float) -> int:
-    until = None
-    while True:
-        codes = [child.poll() for child in children]
-        failed = next((i for i, code in enumerate(codes) if code), None)
-        if failed is None and None not in codes:
-            return 128 + received[0] if received else 0
-        if received:
-            until = until or time.monotonic() + grace
-            if None not in codes or time.monotonic() > until:
-                _end(children, grace=0)
-                return 128 + received[0]
-        elif failed is not None:
-            code = codes[failed] or 0
-            ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            others = " Ending the others." if None in codes else ""
-            print(f"launch: process {failed} {ended}.{others}", file=sys.stderr, flush=True)
+    """Waits for the first failure, for a signal and `grace`, or for the end of all; gives the exit code."""
+    ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # in the order in which they end
+    for i, child in enumerate(children):
+        threading.Thread(target=lambda i=i, child=child: ended.put((i, child.wait())), daemon=True).start()
+    left, until = len(children), math.inf
+    while left and time.monotonic() < until:
+        if received and until == math.inf:
+            until = time.monotonic() + grace
+        try:
+            i, code = ended.get(timeout=POLL)
+        except queue.Empty:
+            continue
+        left -= 1
+        if code and not received:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            others = " Ending the others." if left else ""
+            print(f"launch: process {i} {how}.{others}", file=sys.stderr, flush=True)
             _end(children, grace)
             return 128 - code if code < 0 else code
-        time.sleep(POLL)
+    return 128 + received[0] if received else 0
 
 
 def _end(children: list[subprocess.Popen[str]], grace: float) -> None:

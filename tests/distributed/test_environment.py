@@ -61,7 +61,10 @@ def shared(env: dict[str, str], **more: str) -> dict[str, str]:
         ({**SLURM, **PLAIN}, "process 1 of 2, found by environment variables"),
         ({"SLURM_JOB_ID": "5001", "SLURM_NTASKS": "4"}, "one process: no launcher found"),
         (MPI, "process 1 of 2, found by Open MPI, coordinator 10.96.0.1:62624, devices [1]"),
-        ({**MPI, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43"}, "coordinator [fe80::b9b]:61441, devices [1]"),
+        (
+            {**MPI, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43"},
+            "coordinator [fe80::b9b]:61441, devices [1]",
+        ),
         (POD, "process 3 of 4, found by Kubernetes, coordinator train-hosts-0-0.train:61440"),
         (TPU, "process 1 of 2, found by TPU, coordinator t0:61440"),
         ({**TPU, "TPU_WORKER_HOSTNAMES": "localhost"}, "one process"),

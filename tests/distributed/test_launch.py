@@ -91,9 +91,7 @@ def test_any_command_can_be_launched(capsys: pytest.CaptureFixture[str]) -> None
         (["launch"], "required: PROGRAM"),
     ],
 )
-def test_wrong_arguments_end_with_status_2(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_end_with_status_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = main(argv)
     except SystemExit as ended:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program for the tests: trains a small network on the devices of all processes, saves, and goes on from the last save.
+"""A program for the tests: trains a small network on the devices of all processes; goes on from the last save.
 
     python train_mlp.py FOLDER [--steps 6] [--save-every 2] [--die-at 5] [--die 1]
 
