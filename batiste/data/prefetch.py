@@ -23,6 +23,7 @@ from .feed import Feed, Position, feed
 from .loader import Loader
 
 Place = Plan | Sharding | Callable[[Any], Any] | None
+Item = tuple[Any, Position, BaseException | None]
 POLL = 0.2
 
 
@@ -144,11 +145,11 @@ class Prefetch(Feed[Any]):
         self._state = self._source.state()
         return batch
 
-    def _wait(self, thread: Reading) -> tuple[Any, Position, BaseException | None]:
+    def _wait(self, thread: Reading) -> Item:
         since, warned = time.monotonic(), False
         while True:
             try:
-                return thread.ready.get(timeout=POLL)
+                return thread.take(POLL)
             except queue.Empty:
                 waited = time.monotonic() - since
             if self._timeout is not None and waited > self._timeout:
@@ -182,40 +183,43 @@ class Prefetch(Feed[Any]):
 
 
 class Reading:
-    """The thread, and the queue of what it has read: batch, position behind it, error."""
+    """The thread, what it has read (batch, position behind it, error), and how many batches more it may read."""
 
     def __init__(self, source: Feed[Any], put: Callable[[Any], Any], n: int):
-        self.ready: queue.Queue[tuple[Any, Position, BaseException | None]] = queue.Queue(n)
-        self.stopped = threading.Event()
-        work = (source, put, self.ready, self.stopped)
+        self.ready: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self.room, self.stopped = threading.Semaphore(n), threading.Event()
+        work = (source, put, self.ready, self.room, self.stopped)
         self.thread = threading.Thread(target=read, args=work, name="batiste-prefetch", daemon=True)
         self.thread.start()
+
+    def take(self, timeout: float) -> Item:
+        """The next item; queue.Empty if none comes in time."""
+        item = self.ready.get(timeout=timeout)
+        self.room.release()
+        return item
 
     def stop(self, patience: float = 5.0) -> bool:
         """Whether the thread has ended."""
         self.stopped.set()
-        while patience > 0 and self.thread.is_alive():
-            self.thread.join(POLL)
-            patience -= POLL
+        self.room.release()  # it may wait for room
+        self.thread.join(patience)
         return not self.thread.is_alive()
 
 
-def read(source: Feed[Any], put: Callable[[Any], Any], ready: queue.Queue, stopped: threading.Event) -> None:
-    """Fills the queue until the data end, an error comes, or it is told to stop."""
-    error: BaseException | None = None
-    while error is None and not stopped.is_set():
-        item: tuple[Any, Position, BaseException | None]
+def read(
+    source: Feed[Any], put: Callable[[Any], Any], ready: queue.SimpleQueue[Item], room: threading.Semaphore,
+    stopped: threading.Event,
+) -> None:  # fmt: skip
+    """Reads while there is room, until the data end, an error comes, or it is told to stop."""
+    while not stopped.is_set():
+        if not room.acquire(timeout=POLL) or stopped.is_set():
+            continue
         before = source.state()
         try:
-            batch = next(source)
-            item = (put(batch), source.state(), None)
-        except BaseException as caught:
-            item, error = (None, source.state(), caught), caught
-            if not isinstance(caught, StopIteration):
-                caught.add_note(f"while reading the batch behind position {before}")
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=POLL)
-                break
-            except queue.Full:
-                continue
+            batch = put(next(source))
+        except BaseException as error:
+            if not isinstance(error, StopIteration):
+                error.add_note(f"while reading the batch behind position {before}")
+            return ready.put((None, source.state(), error))
+        ready.put((batch, source.state(), None))
+        del batch  # it is in the queue, and may be freed when it is used up

@@ -40,7 +40,7 @@ def test_it_reads_no_further_ahead_than_asked_and_knows_what_was_handed_out() ->
     with prefetch(reading, 2) as batches:
         next(batches)
         time.sleep(0.1)
-        assert read == [0, 1, 2, 3], "one handed out, two ready, one in hand"
+        assert read == [0, 1, 2], "one is handed out, two are ready"
         assert batches.state() == {"epoch": 0, "item": 1}
 
 
