@@ -49,7 +49,7 @@ def serve(work: Work, pipe: Connection, shared: Any) -> None:
         shared[RECORD] = record
         shared[BEAT] += 1
 
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the program is gone
+    with contextlib.suppress(EOFError, OSError):  # the program is gone
         while True:
             task = pipe.recv()
             try:
@@ -153,9 +153,9 @@ class Worker:
         return WorkerError(f"A data worker {how}", **self._where(), fix=fix)
 
     def stop(self) -> None:
-        self.pipe.close()
         self.process.kill()  # it may hang, and holds nothing that must be kept
         self.process.join(5)
+        self.pipe.close()
 
 
 class Workers:
