@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from batiste import nnx
+from batiste.checkpoint import Manager
 from batiste.serialization import from_bytes, to_bytes
+from batiste.training import Hook, Run, Until, accuracy, confusion_matrix, evaluate, fit, log_loss, train_step
 from digits_data import Dataset, batches, in_chunks, load
 from digits_report import Report, options
 
@@ -53,35 +54,42 @@ def restore(model: Net, path: Path) -> None:
         nnx.update(model, state)
 
 
-def loss_fn(model: Net, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy, and the logits it was taken from."""
+def loss(model: Net, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy, and the share of images that were recognised."""
+    images, labels = batch
     logits = model(images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+    hits = logits.argmax(-1) == labels
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), {"accuracy": hits.mean()}
 
 
-@nnx.jit
-def train_step(
-    model: Net, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, images: jax.Array, labels: jax.Array
-) -> None:
-    """One step of gradient descent; the model, the optimizer and the metrics change in place."""
-    (loss, logits), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, images, labels)
-    optimizer.update(model, grads)
-    metrics.update(loss=loss, logits=logits, labels=labels)
-
-
-@nnx.jit
-def predict(model: Net, images: jax.Array) -> jax.Array:
-    """logits[n, classes]"""
-    return model(images)
-
-
-def evaluate(model: Net, data: Dataset) -> tuple[float, np.ndarray]:
+def held_out(model: Net, data: Dataset) -> tuple[float, np.ndarray]:
     """The loss on the held-out images, and the class predicted for each."""
-    model.eval()  # no dropout, and BatchNorm's running statistics
-    logits = jnp.concatenate([predict(model, images) for images in in_chunks(data.test_x)])
-    model.train()
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.test_y).mean()
-    return float(loss), np.asarray(logits.argmax(-1))
+    classes = len(data.classes)
+    scores = {"accuracy": accuracy(), "loss": log_loss(), "confusion": confusion_matrix(classes)}
+    found = evaluate(model, zip(in_chunks(data.test_x), in_chunks(data.test_y)), scores, resamples=0)
+    return found["loss"], found.rows["confusion"][1]
+
+
+class Reporting(Hook):
+    """Shows the run as it goes on."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def step(self, run: Run) -> None:
+        self.report.step()
+
+    def epoch(self, run: Run) -> None:
+        run.catch_up()  # the numbers of all steps are there
+        test_loss, predicted = held_out(run.model, self.report.data)
+        learned = {name: run.latest()[name] for name in ("loss", "accuracy")}
+        self.report.epoch(**learned, test_loss=test_loss, predicted=predicted)
+
+    def state(self) -> list[dict[str, float]]:
+        return self.report.history
+
+    def restore(self, state: list[dict[str, float]]) -> None:
+        self.report.history = state
 
 
 def main() -> int:
@@ -95,29 +103,18 @@ def main() -> int:
     steps = report.epochs * report.per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=steps // 10, decay_steps=steps)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule, weight_decay=1e-3), wrt=nnx.Param)
-    metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
 
-    rng = np.random.default_rng(args.seed)
-    predicted = np.zeros_like(data.test_y)
+    def shuffled(epoch: int) -> Any:
+        return batches(data.train_x, data.train_y, args.batch, np.random.default_rng((args.seed, epoch)))
+
     with report.progress():
-        for _ in range(report.epochs):
-            for images, labels in batches(data.train_x, data.train_y, args.batch, rng):
-                train_step(model, optimizer, metrics, images, labels)
-                if report.step():
-                    report.show(**figures(metrics))
-            test_loss, predicted = evaluate(model, data)
-            report.epoch(**figures(metrics), test_loss=test_loss, predicted=predicted)
-            metrics.reset()
+        fit(train_step(loss), (model, optimizer), shuffled, Until(epochs=report.epochs), [Reporting(report)],
+            every=report.per_epoch, checkpoints=Manager(args.run, every=100) if args.run else None)  # fmt: skip
 
     if args.save:
         save(model, args.save)
     parameters = sum(value.size for value in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return report.finish(predicted, parameters)
-
-
-def figures(metrics: nnx.MultiMetric) -> dict[str, float]:
-    """The metrics so far, as numbers."""
-    return {name: float(value) for name, value in metrics.compute().items()}
+    return report.finish(held_out(model, data)[1], parameters)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from batiste import nnx
-from digits import Net, loss_fn, restore, save
+from digits import Net, loss, restore, save
 from digits_data import batches, in_chunks, load
 from digits_report import Report, options
 
@@ -39,15 +39,15 @@ def main() -> int:
 
     @jax.jit
     def train_step(now: Training, images: jax.Array, labels: jax.Array) -> tuple[Training, jax.Array]:
-        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[dict[str, jax.Array], nnx.State]]:
             model = nnx.merge(graphdef, params, now.rest, copy=True)  # a copy: it changes inside the gradient
-            loss, logits = loss_fn(model, images, labels)
+            value, found = loss(model, (images, labels))
             rest: nnx.State = nnx.state(model, nnx.Not(nnx.Param))  # type: ignore[assignment]
-            return loss, (logits, rest)
+            return value, (found, rest)
 
-        (loss, (logits, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(now.params)
+        (value, (found, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(now.params)
         updates, opt_state = optimizer.update(grads, now.opt_state, now.params)
-        figures = jnp.stack([loss, (logits.argmax(-1) == labels).mean()])
+        figures = jnp.stack([value, found["accuracy"]])
         params: nnx.State = optax.apply_updates(now.params, updates)  # type: ignore[assignment]
         return Training(params, rest, opt_state), figures
 
@@ -58,22 +58,21 @@ def main() -> int:
         return model(images)
 
     now = Training(params, rest, optimizer.init(params))
-    rng = np.random.default_rng(args.seed)
     predicted = np.zeros_like(data.test_y)
     with report.progress():
-        for _ in range(report.epochs):
+        for epoch in range(report.epochs):
+            rng = np.random.default_rng((args.seed, epoch))
             figures = []
             for images, labels in batches(data.train_x, data.train_y, args.batch, rng):
                 now, latest = train_step(now, images, labels)
                 figures.append(latest)
                 if report.step():
-                    loss, accuracy = np.mean(figures, axis=0)
-                    report.show(loss, accuracy)
+                    report.show(*np.mean(figures, axis=0))
             logits = jnp.concatenate([predict(now, images) for images in in_chunks(data.test_x)])
             test_loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, data.test_y).mean())
             predicted = np.asarray(logits.argmax(-1))
-            loss, accuracy = np.mean(figures, axis=0)
-            report.epoch(loss, accuracy, test_loss, predicted)
+            mean, share = np.mean(figures, axis=0)
+            report.epoch(mean, share, test_loss, predicted)
 
     if args.save:
         save(nnx.merge(graphdef, now.params, now.rest), args.save)

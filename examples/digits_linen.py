@@ -104,22 +104,22 @@ def main() -> int:
     optimizer = optax.adamw(schedule, weight_decay=1e-3)
     now = Training.create(apply_fn=Net(len(data.classes)).apply, tx=optimizer, **variables)
 
-    rng, key = np.random.default_rng(args.seed), jax.random.key(args.seed)
+    key = jax.random.key(args.seed)
     predicted = np.zeros_like(data.test_y)
     with report.progress():
-        for _ in range(report.epochs):
+        for epoch in range(report.epochs):
+            rng = np.random.default_rng((args.seed, epoch))
             figures = []
             for images, labels in batches(data.train_x, data.train_y, args.batch, rng):
                 now, latest = train_step(now, key, images, labels)
                 figures.append(latest)
                 if report.step():
-                    loss, accuracy = np.mean(figures, axis=0)
-                    report.show(loss, accuracy)
+                    report.show(*np.mean(figures, axis=0))
             logits = jnp.concatenate([predict(now, images) for images in in_chunks(data.test_x)])
             test_loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, data.test_y).mean())
             predicted = np.asarray(logits.argmax(-1))
-            loss, accuracy = np.mean(figures, axis=0)
-            report.epoch(loss, accuracy, test_loss, predicted)
+            mean, share = np.mean(figures, axis=0)
+            report.epoch(mean, share, test_loss, predicted)
 
     if args.save:
         save(now.variables, args.save)

@@ -47,6 +47,7 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the pictures")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained variables to this checkpoint")
     parser.add_argument("--load", type=Path, metavar="FILE", help="start from this checkpoint")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="keep the run here, and go on from it if stopped")
     parser.add_argument("--require", type=float, default=0.0, help="fail below this held-out accuracy, such as 0.98")
     return parser.parse_args()
 
