@@ -21,7 +21,7 @@ def run(args: Namespace) -> int:
     made = experiment(args, "state", "step", "data", "until")
     thresholds(made, args)  # what is wrong with them is said now, not after the training
     place = args.folder or made.folder
-    folder = Path(place) if place else None
+    folder = Path(place) if place and not args.fast_dev_run else None  # a trial leaves nothing behind
     own = manager(folder, made.every) if folder is not None and made.checkpoints is None else None
     hooks = usual_hooks(made, folder) if made.hooks is None else made.hooks
     try:

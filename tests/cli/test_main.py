@@ -115,8 +115,9 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, capsy
     assert capsys.readouterr().out == figures, "as without the interruption"
 
 
-def test_a_fast_run_has_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", PROGRAM, "--fast-dev-run"]) == 0
+def test_a_fast_run_has_no_verdict_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", PROGRAM, "--fast-dev-run", "--folder", str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir())
     assert "step 3 of 3" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from batiste import sharding
-from batiste.data import DataTimeout, Loader, SlowDataWarning, prefetch
+from batiste.data import DataTimeout, Loader, SlowDataWarning, feed, prefetch
 from batiste.graph.errors import ArgumentError, ShapeError
 
 
@@ -53,6 +53,14 @@ def test_it_goes_on_exactly_when_closed_or_restored(n: int) -> None:
     assert next(batches).tolist() == [2, 3]
     batches.restore(position)
     assert [x[0].item() for x in batches] == [2, 4, 6, 8, 10]
+
+
+def test_a_loader_stays_what_it_is() -> None:
+    loader = prefetch(Loader(np.arange(12), 4), 1)
+    assert len(loader) == 3
+    first, second = ([x.tolist() for x in loader] for _ in range(2))
+    assert first != second
+    assert [x.tolist() for x in feed(loader, epochs=2)] == first + second
 
 
 def test_batches_lie_where_the_plan_says() -> None:
