@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ NOISE = 8
 
 def mlp(sizes: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Sequential:
     layers: list[Any] = []
-    for inner, outer in zip(sizes, sizes[1:]):
-        layers += [nnx.Linear(inner, outer, rngs=rngs), nnx.relu]
+    for inner, outer in itertools.pairwise(sizes):
+        layers += [nnx.Linear(inner, outer, rngs=rngs), jnp.tanh]
     return nnx.Sequential(*layers[:-1])
 
 

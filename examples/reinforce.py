@@ -22,7 +22,7 @@ LENGTH, EPISODES = 200, 32  # steps of an episode, episodes of a batch
 
 def push(s: jax.Array, action: jax.Array) -> jax.Array:
     """The next (place, speed, angle, angular speed)[4] of cart and pole, after a push to the left (0) or right (1)."""
-    x, v, angle, w = s
+    _, v, angle, w = s
     pull = (20.0 * action - 10.0 + 0.05 * w**2 * jnp.sin(angle)) / 1.1
     turn = (9.8 * jnp.sin(angle) - jnp.cos(angle) * pull) / (0.5 * (4 / 3 - 0.1 * jnp.cos(angle) ** 2 / 1.1))
     return s + 0.02 * jnp.stack([v, pull - 0.05 * turn * jnp.cos(angle) / 1.1, w, turn])
@@ -49,7 +49,8 @@ def loss(policy: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[ja
     states, actions, stands = batch
     alive = stands.astype(jnp.float32)
     to_go = jnp.cumsum(alive[:, ::-1], 1)[:, ::-1]
-    advantage = alive * (to_go - (to_go * alive).sum(0) / jnp.maximum(alive.sum(0), 1.0)[None])
+    usual = (to_go * alive).sum(0, keepdims=True) / jnp.maximum(alive.sum(0, keepdims=True), 1.0)
+    advantage = alive * (to_go - usual)
     log_p = jax.nn.log_softmax(policy(states))
     chosen = jnp.take_along_axis(log_p, actions[..., None], -1)[..., 0]
     return -(chosen * advantage).sum() / alive.sum() / 20, {"steps": alive.sum(1).mean()}

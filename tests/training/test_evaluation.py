@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
@@ -17,6 +18,7 @@ from batiste.training import (
     Score,
     accuracy,
     auroc,
+    bleu,
     calibration_error,
     compare,
     confusion_matrix,
@@ -25,6 +27,7 @@ from batiste.training import (
     log_loss,
     mean_of,
     perplexity,
+    rouge,
     top_k,
 )
 
@@ -107,6 +110,32 @@ def test_text_is_scored_on_the_host() -> None:
                   lambda rows, weights: float(weights @ rows[0] / weights.sum()), on_host=True)  # fmt: skip
     found = report({"exact": exact}, [(["a", "b"], ["a", "c"]), (["d"], ["d"])])
     assert (found["exact"], found.count) == (pytest.approx(2 / 3), 3)
+
+
+def test_bleu_and_rouge_are_those_of_their_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sacrebleu(types.ModuleType):
+        def corpus_bleu(self, texts: list[str], references: list[list[str]]) -> Any:
+            return types.SimpleNamespace(score=100 * np.mean([t == r for t, r in zip(texts, references[0])]))
+
+    class Scorer(types.ModuleType):
+        class RougeScorer:
+            def __init__(self, kinds: list[str]):
+                self.kinds = kinds
+
+            def score(self, reference: str, text: str) -> Any:
+                return {kind: types.SimpleNamespace(fmeasure=float(reference == text)) for kind in self.kinds}
+
+    data = [(["a b", "c"], ["a b", "d"]), (["e"], ["e"])]
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ImportError, match=r"batiste\[text\]"):
+        report({"bleu": bleu()}, data)
+    monkeypatch.setitem(sys.modules, "sacrebleu", Sacrebleu("sacrebleu"))
+    monkeypatch.setitem(sys.modules, "rouge_score", types.ModuleType("rouge_score"))
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", Scorer("rouge_scorer"))
+    found = report({"bleu": bleu(), "rouge": rouge()}, data, resamples=20)
+    assert found["bleu"] == pytest.approx(100 * 2 / 3)
+    assert found["rouge"] == pytest.approx(2 / 3)
+    assert found.figures["bleu"].low < found["bleu"]
 
 
 def test_slices_and_merged_reports_are_those_of_their_examples() -> None:

@@ -264,7 +264,7 @@ def test_a_feed_goes_on_where_it_was() -> None:
         def restore(self, state: int) -> None:
             self.at = state
 
-    for make in (lambda: [1, 2, 3], lambda: (lambda epoch: [1, 2, 3]), Loader):
+    for make in (lambda: [1, 2, 3], lambda: lambda epoch: [1, 2, 3], Loader):
         feed = Feed(make())
         drawn = [feed.draw() for _ in range(6)]
         place = json.loads(json.dumps(feed.position()))
@@ -288,7 +288,6 @@ def test_wrong_data_and_wrong_ends_are_refused() -> None:
 
 
 def test_a_long_run_keeps_nothing(tmp_path: Path) -> None:
-
 
     counts = []
 
