@@ -71,7 +71,7 @@ class DelayedEinsum(DelayedDot):
     def __call__(  # type: ignore[override]
         self, equation: str, lhs: Array, rhs: Array, *, preferred_element_type: DTypeLike | None = None, **options: Any
     ) -> Array:
-        scales = self._scale("input", lhs), self._scale("kernel", rhs)
+        scales = self._scale("input", lhs)[0], self._scale("kernel", rhs)[0]
         operands = (x.astype(jnp.float32) / scale for x, scale in zip((lhs, rhs), scales))  # einsum may swap them
         y = jnp.einsum(equation, *operands, _dot_general=_unscaled_dot, **options) * (scales[0] * scales[1])
         return y.astype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
