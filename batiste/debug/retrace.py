@@ -15,7 +15,7 @@ import numpy as np
 
 from batiste.graph import Pytree, Variable
 from batiste.graph.errors import ArgumentError
-from batiste.graph.jaxcompat import static_arguments
+from batiste.graph.jaxcompat import Tracer, static_arguments
 from batiste.graph.walk import data_items
 from batiste.transforms.compile import JitWrapped
 
@@ -206,7 +206,7 @@ def _leaf(x: Any) -> str:
         return _shown(x)
     weak = ", weakly typed" if getattr(x, "weak_type", False) else ""
     sharding = getattr(x, "sharding", None)
-    single = sharding is None or isinstance(x, (np.ndarray, jax.core.Tracer)) or len(sharding.device_set) == 1
+    single = sharding is None or isinstance(x, (np.ndarray, Tracer)) or len(sharding.device_set) == 1
     placed = "" if single and not getattr(x, "committed", False) else f" on {sharding}"
     return f"{x.dtype}[{','.join(map(str, x.shape))}]{weak}{placed}"
 

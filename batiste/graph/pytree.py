@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from .birth import nursery
+from .cycles import refuse_cycle
 from .epoch import structure_changed
 from .errors import StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
@@ -391,6 +392,7 @@ def sorted_names(self: Pytree) -> list[str]:
 
 
 def _split_attributes(self: Pytree):
+    refuse_cycle(self)
     attributes, nodes = self.__dict__, self._pytree__nodes
     names = sorted_names(self)
     parts = tuple(k for k in names if nodes.get(k))

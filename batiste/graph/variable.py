@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from .backing import current_defaults
 from .epoch import structure_changed
-from .errors import StructureError, TraceContextError
+from .errors import ShapeError, StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
 from .lost import Home, written_far_from_home
 from .metadata import (
@@ -192,7 +192,7 @@ class Variable(Generic[A], metaclass=VariableMeta):
         self._check_can_update()
         if index is not MISSING and not (index is Ellipsis and _same_type(raw, value)):
             if isinstance(raw, jax.Array):
-                value = raw.at[index].set(value)  # type: ignore[assignment]
+                value = _written(self, raw, index, value)  # type: ignore[assignment]
             else:
                 new = copy.copy(raw)  # another object, so that transforms see the change
                 new[index] = value  # type: ignore[index]
@@ -534,6 +534,16 @@ Variable.__rdivmod__ = lambda self, other: divmod(_value_of(other), self.get_val
 
 # ---------------------------------------------------------------- Variables as JAX pytrees
 _VALUE_KEY = jax.tree_util.GetAttrKey("value")
+
+
+def _written(variable: Variable, raw: jax.Array, index: Any, value: Any) -> jax.Array:
+    try:
+        return raw.at[index].set(value)
+    except ValueError as error:
+        part = jax.eval_shape(lambda raw: raw[index], raw).shape
+        raise ShapeError(f"cannot write into a {type(variable).__name__}", at=variable, got=jnp.shape(value),
+                         expected=f"what broadcasts to {part}", fix="reshape it, or set_value(...) it as a whole",
+                         ) from error  # fmt: skip
 
 
 def _flatten(variable: Variable):
