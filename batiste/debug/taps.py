@@ -95,7 +95,8 @@ def capture(fn: Callable, select: Select = None) -> Callable[..., tuple[Any, dic
     Inside a scan a value has a leading axis, one entry per iteration; of a while loop it is that of the last
     iteration; of a branch that was not taken it is NaN (zero for whole numbers). A name that is met again becomes
     `name#1`, `name#2`, ...; the gradient of the loss by a tapped value is `name:grad`. Taps that `remat` computes
-    once more in the backward pass count once.
+    once more in the backward pass count once. A function with a rule of its own for gradients (`custom_vjp`) that holds
+    a tap is captured by what it computes: take gradients inside `fn`, not of what `capture` returns.
 
     Args:
         fn: a function, also of live objects; a module, or one of its methods.

@@ -170,6 +170,13 @@ def test_the_functional_face() -> None:
     assert found.argument.endswith("params/second/kernel") and "second" in found.module
 
 
+def test_what_a_step_gives_away_stays() -> None:
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    step = nnx.jit(lambda model, x: jnp.log(model(x) - jnp.inf), donate_argnums=0)
+    assert why_nan(step, model, X).operation == "sub"
+    assert np.isfinite(model.kernel[...]).all(), "the buffers are still there"
+
+
 def test_nothing_is_written() -> None:
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     why_nan(model, X * jnp.nan)

@@ -36,6 +36,11 @@ def h(model, x):
     return jnp.tanh(model.linear(x))
 
 
+def sharded(x):
+    mesh, spec = jax.make_mesh((1,), ("d",)), jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda x: tap(x, "h"), mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+
 THROUGH = {
     "plain": loss,
     "jit": nnx.jit(loss),
@@ -131,6 +136,7 @@ def test_a_tap_costs_nothing() -> None:
         (lambda: capture(Block(nnx.Rngs(0)), "no*")(X), ArgumentError, r"got 'no\*', expected one of \['h'\]"),
         (lambda: patch(Block(nnx.Rngs(0)), {"no": 0.0})(X), ArgumentError, r"got 'no', expected one of \['h'\]"),
         (lambda: patch(Block(nnx.Rngs(0)), {"h": np.ones(7)})(X), ShapeError, r"at h: got \(7,\), expected \(2, 3\)"),
+        (lambda: capture(sharded)(X), ArgumentError, "a tap stands inside shard_map, which cannot hand values out"),
         (lambda: capture(jnp.sin, "h")(1.0), ArgumentError, "expected a tap, and there is none"),
     ],
 )
