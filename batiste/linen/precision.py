@@ -85,7 +85,7 @@ class _Kept:
     def note(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: InterceptorContext) -> Any:
         """Learns whether the module that is being called is kept."""
         module = context.module
-        if module.scope is not None and any(fits(module.path, type(module), p) for p in self.policy.keep):
+        if module.scope is not None and fits(module.path, type(module), self.policy.keep):
             self.paths.add(module.path)
         return call(*args, **kwargs)
 

@@ -22,8 +22,9 @@ from .fp8 import fp8_dot_general, fp8_einsum
 M = TypeVar("M")
 Path = tuple[Any, ...]
 
-KEEP = ("*Norm", "*router*")
-"""What stays in float32 unless a policy says otherwise: normalising layers, and what chooses experts."""
+KEEP = ("*Norm", "!WeightNorm", "!SpectralNorm", "*router*")
+"""What stays in float32 unless a policy says otherwise: normalising layers (but not layers whose weights are
+normalised), and what chooses experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Policy:
         output: of results, see `result`.
         accumulate: of sums over many values: moments of normalising layers, softmax, gradients over parts of a batch.
         keep: patterns (`*`, `?`) for paths (`blocks/*/router`) or names of classes and their bases (`*Norm`): these
-            modules and their parts keep their parameters in `accumulate`, and compute in it. A normalising layer hands
-            on the dtype of the others.
+            modules and their parts keep their parameters in `accumulate`, and compute in it; what fits a pattern with
+            `!` in front does not by itself. A normalising layer hands on the dtype of the others.
         dot_general, einsum: what takes the place of `jax.lax.dot_general` and `jax.numpy.einsum` in the layers that
             are not kept and have not been given a product of their own; such as `fp8_dot_general`.
 
@@ -150,15 +151,17 @@ def fitting(model: Any, patterns: Iterable[str]) -> dict[Path, str]:
     patterns, found = tuple(patterns), dict[Path, str]()
     for path, module in sorted(iter_modules(model), key=lambda item: len(item[0])):  # parts after what they are part of
         above = (found[path[:n]] for n in range(len(path)) if path[:n] in found)
-        pattern = next(above, None) or next((p for p in patterns if fits(path, type(module), p)), None)
+        pattern = next(above, None) or fits(path, type(module), patterns)
         if pattern is not None:
             found[path] = pattern
     return found
 
 
-def fits(path: Path, cls: type, pattern: str) -> bool:
-    """Whether a module's path, or the name of its class or one of its bases, fits a pattern."""
-    return any(fnmatchcase(name, pattern) for name in (show_path(path), *(base.__name__ for base in cls.__mro__)))
+def fits(path: Path, cls: type, patterns: Iterable[str]) -> str | None:
+    """The pattern that a module's path, or a name of its class or bases, fits; None if one with `!` fits too."""
+    names = [show_path(path), *(base.__name__ for base in cls.__mro__)]
+    found = [p for p in patterns if any(fnmatchcase(name, p.removeprefix("!")) for name in names)]
+    return None if not found or any(p.startswith("!") for p in found) else found[0]
 
 
 def own_product(part: Any) -> str:

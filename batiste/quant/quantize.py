@@ -101,7 +101,7 @@ def quantize(model: M, bits: int = 8, *, group: int | None = None, keep: tuple[s
     >>> bool(jnp.allclose(small(jnp.ones((1, 64))), model(jnp.ones((1, 64))), atol=0.3))
     True
     """
-    kept = fitting(model, (*keep, *RESCALED))
+    kept = {**fitting(model, keep), **fitting(model, RESCALED)}
 
     def change(path: tuple[Any, ...], x: Any) -> Any:
         if isinstance(x, Variable):
