@@ -73,7 +73,8 @@ class Program(NamedTuple):
 
 # ---------------------------------------------------------------- the two contenders
 def plan_of(name: str) -> sharding.Plan | None:
-    sizes = {"dp": {"data": -1}, "fsdp": {"fsdp": -1}, "tensor": {"tensor": -1}}
+    """The mesh of a preset; `tensor` divides in two, and the batch over what is left."""
+    sizes: dict[str, Any] = {"dp": {"data": -1}, "fsdp": {"fsdp": -1}, "tensor": {"data": -1, "tensor": 2}}
     return sharding.ready_plan(rules=RULES, **sizes[name]) if name in sizes else None
 
 
@@ -92,7 +93,7 @@ def batiste_program(config: DecoderConfig, preset: Preset, tokens: jax.Array, lo
     step = nnx.jit(plan.keep(train_step) if plan else train_step, donate_argnums=(0, 1))
     context = partial(sharding.use, plan) if plan else contextlib.nullcontext
     with context():
-        make = partial(Decoder, config, rngs=nnx.Rngs(0))
+        make = lambda: Decoder(config, rngs=nnx.Rngs(0))
         model = jax.eval_shape(make) if lower_only else make()
         model.set_attributes(nnx.Stack, run=preset.run, remat=preset.remat)
         create = lambda model: Optimizer(model, TX, wrt=nnx.Param)
@@ -117,7 +118,8 @@ def plain_program(config: DecoderConfig, preset: Preset, tokens: jax.Array, star
     step = partial(plain.step, config, TX, jnp.dtype(preset.dtype), preset.run, preset.remat, CHUNKS, batch)
     if lower_only:
         params = jax.eval_shape(partial(plain.initial, config), jax.random.key(0))
-        return lambda: jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(TX.init, params), tokens)
+        state = jax.eval_shape(TX.init, params)
+        return lambda: jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
     params = start
     if plan:
         params = jax.device_put(params, plain.shardings(plan.mesh, preset.plan, params))
@@ -127,7 +129,6 @@ def plain_program(config: DecoderConfig, preset: Preset, tokens: jax.Array, star
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=outs)
     program = jitted.lower(params, state, tokens).compile()
     held = [params, state]
-    del params, state
 
     def call() -> jax.Array:
         *held[:], value = jitted(*held, tokens)
@@ -215,7 +216,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="8m", help="of the model (default: 8m, for two cores)")
     parser.add_argument("--presets", default="", help="numbers of the presets, such as 0,2 (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="time per preset (default: 10)")
-    parser.add_argument("--depths", default="scan:6,scan:48,unroll:48", help="compiled, such as scan:6,unroll:6; or none")
+    parser.add_argument("--depths", default="scan:6,scan:48,unroll:48", help="such as scan:6,unroll:6; or none")
     parser.add_argument("--batch", type=int, help="windows of a step")
     parser.add_argument("--json", action="store_true", help="end with the figures in one line")
     args = parser.parse_args()
@@ -225,8 +226,8 @@ def main() -> None:
     tokens = jax.random.randint(jax.random.key(1), (args.batch or batch, length + 1), 0, config.vocab)
     numbers = [] if args.presets == "none" else [int(i) for i in args.presets.split(",") if i]
     chosen = [PRESETS[i] for i in numbers] if args.presets else PRESETS
-    print(f"{machine()}; {jax.device_count()} devices\n{args.size}: {config.parameters:,} parameters, {tokens.shape[0]} x "
-          f"{length} tokens a step, adamw, cross-entropy in {CHUNKS} parts")  # fmt: skip
+    print(f"{machine()}; {jax.device_count()} devices\n{args.size}: {config.parameters:,} parameters, "
+          f"{tokens.shape[0]} x {length} tokens a step, adamw, cross-entropy in {CHUNKS} parts")  # fmt: skip
     found = {"steps": steps(config, tokens, chosen, args.seconds)}
     depths = [(run, int(n)) for run, _, n in (d.partition(":") for d in args.depths.split(",") if ":" in d)]
     found["compiles"] = compiles(config, tokens, depths)

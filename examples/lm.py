@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -106,9 +106,9 @@ def plan_of(args: argparse.Namespace, config: DecoderConfig) -> sharding.Plan | 
     if args.plan == "none":
         return None
     tensor = args.tensor if "tensor" in args.plan else 1
-    sizes = {"data": {"data": -1}, "fsdp": {"fsdp": -1}, "tensor": {"data": -1, "tensor": tensor},
+    sizes: dict[str, Any] = {"data": {"data": -1}, "fsdp": {"fsdp": -1}, "tensor": {"data": -1, "tensor": tensor},
              "fsdp_tensor": {"fsdp": -1, "tensor": tensor}}[args.plan]  # fmt: skip
-    whole = {"kv_heads": None} if config.kv_heads % tensor else {}
+    whole: dict[str, Any] = {"kv_heads": None} if config.kv_heads % tensor else {}
     return sharding.ready_plan(rules=RULES, names=whole, **sizes)
 
 

@@ -17,7 +17,7 @@ class DecoderConfig:
         vocab: tokens.
         features: of the residual stream.
         layers: blocks.
-        heads, kv_heads: of queries, and of keys and values: fewer is grouped-query attention, one multi-query attention.
+        heads, kv_heads: of queries, and of keys and values: fewer is grouped-query, one multi-query.
         hidden: features of the MLP.
         head_dim: depth of a head; features / heads if left out.
         gated: SwiGLU; otherwise GELU.
@@ -64,7 +64,8 @@ class DecoderConfig:
                                 got=f"heads={self.heads}, kv_heads={self.kv_heads}",
                                 fix="choose kv_heads that divide heads")  # fmt: skip
         if self.head_dim is None and self.features % self.heads:
-            raise ArgumentError("the heads do not divide the features", got=f"{self.features} features, {self.heads} heads",
+            raise ArgumentError("the heads do not divide the features", 
+                                got=f"{self.features} features, {self.heads} heads",
                                 fix="pass head_dim")  # fmt: skip
         if self.depth % 2:
             raise ArgumentError("RoPE turns pairs: a head's depth is even", got=self.depth, fix="pass an even head_dim")
@@ -85,8 +86,8 @@ class DecoderConfig:
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of forward and backward pass per token: 6 N + 6 L T H C
 
-        N: the parameters that multiply (the head, not the lookup of the embedding). Attention counts T / 2 positions, as
-        it is causal, or the window. Recomputation does not count.
+        N: the parameters that multiply (the head, not the lookup of the embedding). Attention counts T / 2 positions,
+        as it is causal, or the window. Recomputation does not count.
 
         Source: Chowdhery et al. 2022, "PaLM", appendix B (with 12 L T H C: there all positions count).
         """

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -83,7 +82,7 @@ class Decoder(Module):
         rope = rope_angles(positions_T, self.config.depth, self.config.rope_theta)
         each = None if cache is None else (cache.k_LBSKC, cache.v_LBSKC)
         x_BTD, kept = self.blocks(self.embed(tokens_BT), *rope, positions_T, each=each)
-        return self.norm(x_BTD), None if cache is None else Cache(*kept, cache.filled + length)
+        return self.norm(x_BTD), None if cache is None else Cache(kept[0], kept[1], cache.filled + length)
 
     def logits(self, x_BTD: Array) -> Array:
         """float32, whatever the dtype of x"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF: settings, a list of tensors, then the tensors, some in blocks of 32 values of a few bits. Read with numpy alone.
+"""GGUF: settings, a list of tensors, then the tensors, some in blocks of 32 values of a few bits. By numpy alone.
 
 Source: the format's description, github.com/ggml-org/ggml, docs/gguf.md; the blocks of ggml-common.h.
 """
@@ -81,7 +81,10 @@ def open_gguf(path: str | Path) -> Weights:
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
             raise WeightsError("the alignment is none", at=str(path), got=alignment)
         start = file.tell() + -file.tell() % alignment
-    return Weights({name: _tensor(path, name, *entry, start, total) for name, *entry in entries}, about)
+    tensors = {
+        name: _tensor(path, name, shape, kind, offset, start, total) for name, shape, kind, offset in entries
+    }
+    return Weights(tensors, about)
 
 
 class Reader:
@@ -143,7 +146,8 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: in
                            fix="convert the file, or take one with another quantisation")  # fmt: skip
     _, values, size, decode = FORMATS[kind]
     if (shape[-1] if shape else 1) % values:
-        raise WeightsError("a tensor's rows are no whole number of blocks", at=at, got=shape, expected=f"(..., {values} k)")
+        raise WeightsError("a tensor's rows are no whole number of blocks", at=at, got=shape,
+                           expected=f"(..., {values} k)")  # fmt: skip
     length = math.prod(shape) // values * size
     if start + offset + length > total:
         raise WeightsError("a tensor lies past the end of the file", at=at, got=f"end {start + offset + length}",

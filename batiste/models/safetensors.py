@@ -74,7 +74,8 @@ def _open_file(path: Path) -> Weights:
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
         if tensor.offset - start != end:
-            raise WeightsError("tensors overlap, or leave holes", at=f"{path}: {name}", got=f"start {tensor.offset - start}",
+            raise WeightsError("tensors overlap, or leave holes", at=f"{path}: {name}",
+                               got=f"start {tensor.offset - start}",
                                expected=f"start {end}", fix="fetch the file again")  # fmt: skip
         end += tensor.size
     if end != total - start:
@@ -86,7 +87,7 @@ def _open_file(path: Path) -> Weights:
 def _tensor(path: Path, name: str, entry: Any, start: int, room: int) -> Tensor:
     at = f"{path}: {name}"
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    dtype = DTYPES.get(entry.get("dtype")) if isinstance(entry, dict) else None
+    dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
     if dtype is None:
         raise WeightsError("a tensor's dtype is none that is known", at=at, got=str(entry)[:80],
                            expected=", ".join(DTYPES))  # fmt: skip

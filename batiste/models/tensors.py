@@ -48,7 +48,7 @@ def checked_shape(dims: Any, at: str, most: int) -> tuple[int, ...]:
         WeightsError: they are no sizes, or claim more than the file can hold.
     """
     fits = isinstance(dims, (list, tuple)) and len(dims) <= 8
-    if not fits or not all(type(dim) is int and 0 <= dim for dim in dims) or math.prod(dims) > most:
+    if not fits or not all(type(dim) is int and dim >= 0 for dim in dims) or math.prod(dims) > most:
         raise WeightsError("a tensor's shape is no shape that the file can hold", at=at, got=str(dims)[:80],
                            expected=f"up to 8 sizes, {most} values together",
                            fix="fetch the file again")  # fmt: skip

@@ -61,8 +61,8 @@ GGUF = {
 # our setting -> Hugging Face's in config.json
 SETTINGS = {
     "vocab": "vocab_size", "features": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "head_dim": "head_dim", "window": "sliding_window",
-    "tied": "tie_word_embeddings", "rope_theta": "rope_theta", "epsilon": "rms_norm_eps",
+    "kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "head_dim": "head_dim",
+    "window": "sliding_window", "tied": "tie_word_embeddings", "rope_theta": "rope_theta", "epsilon": "rms_norm_eps",
     "context": "max_position_embeddings",
 }  # fmt: skip
 GGUF_SETTINGS = {
@@ -254,5 +254,5 @@ def _check(model: Decoder, weights: Weights, names: Mapping[str, str], path: Pat
     tied = {"lm_head.weight", "output.weight"} if model.head is None else set()
     left = {name for name in left - tied if not name.endswith("rotary_emb.inv_freq")}
     if left:
-        raise WeightsError("the files hold what the model has not", at=f"{path}: {min(left)}", got=f"{len(left)} tensors more",
-                           fix="check the configuration")  # fmt: skip
+        raise WeightsError("the files hold what the model has not", at=f"{path}: {min(left)}",
+                           got=f"{len(left)} tensors more", fix="check the configuration")  # fmt: skip
