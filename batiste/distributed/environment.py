@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from batiste.graph.errors import ArgumentError
+from batiste.graph.optional import need
 
 __all__ = ["World", "detect"]
 
@@ -171,9 +172,14 @@ def ray(env: Environ) -> World | None:
         return None
     if processes == 1:
         return World("Ray")
-    here = f"{sys.modules['ray'].util.get_node_ip_address()}:{_port(env, 0)}"
-    collective = sys.modules.get("ray.train.collective") or train.collective
-    coordinator = env.get(COORDINATOR) or collective.broadcast_from_rank_zero(here)
+    coordinator = env.get(COORDINATOR)
+    if coordinator is None:
+        here = f"{sys.modules['ray'].util.get_node_ip_address()}:{_port(env, 0)}"
+        try:
+            coordinator = need("ray.train.collective", extra="ray").broadcast_from_rank_zero(here)
+        except ImportError:
+            raise ArgumentError("this release of Ray gives its workers no way to say where the first one is",
+                                fix=f"update Ray, or export {COORDINATOR} in every worker") from None  # fmt: skip
     return World("Ray", process, processes, coordinator)
 
 

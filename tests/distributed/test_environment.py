@@ -116,6 +116,15 @@ def test_workers_of_ray_train_meet_at_the_first_one(monkeypatch: pytest.MonkeyPa
     assert str(detect({})) == "one process: found by Ray"
 
 
+def test_a_ray_without_collectives_is_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in ray_worker(2, 4).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "ray.train.collective", None)  # importing it fails
+    with pytest.raises(ArgumentError, match="Fix: update Ray, or export JAX_COORDINATOR_ADDRESS in every worker"):
+        detect({})
+    assert "coordinator a:1" in str(detect({"JAX_COORDINATOR_ADDRESS": "a:1"}))
+
+
 def test_a_program_that_has_ray_and_is_no_worker_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_session() -> None:
         raise RuntimeError("called outside of a worker")
