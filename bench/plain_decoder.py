@@ -34,7 +34,7 @@ def initial(config: DecoderConfig, key: jax.Array) -> Params:
 
 def rms_norm(x, scale, epsilon):
     wide = x.astype(jnp.float32)
-    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon) * scale
+    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon) * scale[None, None, :]
     return y.astype(x.dtype)
 
 

@@ -64,7 +64,7 @@ class DecoderConfig:
                                 got=f"heads={self.heads}, kv_heads={self.kv_heads}",
                                 fix="choose kv_heads that divide heads")  # fmt: skip
         if self.head_dim is None and self.features % self.heads:
-            raise ArgumentError("the heads do not divide the features", 
+            raise ArgumentError("the heads do not divide the features",
                                 got=f"{self.features} features, {self.heads} heads",
                                 fix="pass head_dim")  # fmt: skip
         if self.depth % 2:

@@ -106,8 +106,11 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
             found = weights.tensors[name].read()
             found = halves(found, config.depth) if interleaved and place.startswith(TURNED) else found
             target[...] = (found.T if place.endswith("/kernel") else found).reshape(target.shape)
-        where = None if plan is None else NamedSharding(plan.mesh, plan.place_of(tuple(place.split("/")), variable).spec)
-        variable.set_value(jnp.asarray(value) if where is None else jax.device_put(value, where))
+        if plan is None:
+            variable.set_value(jnp.asarray(value))
+        else:
+            spec = plan.place_of(tuple(place.split("/")), variable).spec
+            variable.set_value(jax.device_put(value, NamedSharding(plan.mesh, spec)))
     return model
 
 
