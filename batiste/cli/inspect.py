@@ -19,7 +19,7 @@ from batiste.precision.explain import explain_precision
 from batiste.sharding import explain_sharding
 from batiste.sharding.explain import values_of
 from batiste.sharding.values import contents
-from batiste.training import Feed
+from batiste.training import Epochs
 
 from .experiment import Experiment
 from .judge import experiment
@@ -49,7 +49,7 @@ def example_of(made: Experiment) -> tuple[Any, ...] | None:
     if made.example is not None:
         return made.example if isinstance(made.example, tuple) else (made.example,)
     for source in (made.data, made.held_out):
-        for batch in [] if source is None else Feed(source).first(1):
+        for batch in [] if source is None else Epochs(source).first(1):
             if isinstance(batch, tuple):
                 return batch[:1]
     return None

@@ -13,8 +13,8 @@ Every part can be used without the others: a step is a function, a loop takes an
 from .accumulate import accumulated
 from .clock import Clock
 from .ema import EMA
+from .epochs import Epochs
 from .evaluation import Change, Comparison, Figure, Report, Verdict, compare, evaluate
-from .feed import Feed
 from .guards import Guard, LossScale, NonFiniteError
 from .hooks import Evaluation, Hook, Progress, StopEarly
 from .loop import Checkpoints, Interrupted, Run, Until, fit
@@ -44,7 +44,7 @@ __all__ = [
     "Curves",
     "EMA",
     "Evaluation",
-    "Feed",
+    "Epochs",
     "Figure",
     "Guard",
     "Hook",

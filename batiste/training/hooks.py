@@ -13,8 +13,8 @@ from batiste.graph.errors import ArgumentError
 from batiste.graph.optional import need
 
 from .early_stopping import EarlyStopping
+from .epochs import Epochs
 from .evaluation import evaluate
-from .feed import Feed
 from .scores import Score
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Evaluation(Hook):
         run.record({f"{self.name}/{name}": value for name, value in figures.items()})
 
     def _figures(self, run: Run, limit: int | None) -> dict[str, float]:
-        report = evaluate(self.model(run), Feed(self.data).first(limit), self.metrics, predict=self.predict,
+        report = evaluate(self.model(run), Epochs(self.data).first(limit), self.metrics, predict=self.predict,
                           labels=self.labels, resamples=0)  # fmt: skip
         return {name: float(f.value) for name, f in report.figures.items() if isinstance(f.value, float)}
 

@@ -25,7 +25,7 @@ import jax
 from batiste.graph.errors import ArgumentError, CallError
 
 from .clock import Clock
-from .feed import END, Feed
+from .epochs import END, Epochs
 from .guards import FINE, halted
 from .hooks import Hook
 
@@ -94,7 +94,7 @@ class Run:
         clock: where the time went; `clock.goodput`.
     """
 
-    def __init__(self, step: Callable[..., Any], state: Any, feed: Feed, until: Until, hooks: Sequence[Any]):
+    def __init__(self, step: Callable[..., Any], state: Any, feed: Epochs, until: Until, hooks: Sequence[Any]):
         self.function, self.state, self.feed, self.until, self.hooks = step, state, feed, until, hooks
         self.checkpoints: Checkpoints | None = None
         self.clock, self.step, self.reason = Clock(), 0, ""
@@ -300,9 +300,9 @@ def fit(
     if fast_dev_run:
         until, checkpoints = 3, None
     if overfit_batches:
-        data = list(Feed(data).first(overfit_batches))
+        data = list(Epochs(data).first(overfit_batches))
     until = Until(steps=until) if isinstance(until, int) else until
-    run = Run(step, tuple(state) if isinstance(state, list) else state, Feed(data), until, list(hooks))
+    run = Run(step, tuple(state) if isinstance(state, list) else state, Epochs(data), until, list(hooks))
     run.limit, run.every = (2 if fast_dev_run else None), every
     run.checkpoints = checkpoints
     with _ended(run), _signals() as received:

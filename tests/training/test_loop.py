@@ -21,8 +21,8 @@ from batiste.checkpoint import Manager
 from batiste.graph.errors import ArgumentError, CallError
 from batiste.training import (
     Curves,
+    Epochs,
     Evaluation,
-    Feed,
     Guard,
     Hook,
     JsonLines,
@@ -265,10 +265,10 @@ def test_a_feed_goes_on_where_it_was() -> None:
             self.at = state
 
     for make in (lambda: [1, 2, 3], lambda: lambda epoch: [1, 2, 3], Loader):
-        feed = Feed(make())
+        feed = Epochs(make())
         drawn = [feed.draw() for _ in range(6)]
         place = json.loads(json.dumps(feed.position()))
-        again = Feed(make())
+        again = Epochs(make())
         again.restore(place)
         assert [again.draw() for _ in range(3)] == [feed.draw() for _ in range(3)]
         assert drawn[3] is drawn[-1] or drawn.count(1) == 2
@@ -282,7 +282,7 @@ def test_wrong_data_and_wrong_ends_are_refused() -> None:
     with pytest.raises(ArgumentError, match="needs an end"):
         Until()
     with pytest.raises(ArgumentError, match="ends before the place"):
-        Feed([1, 2]).restore({"epoch": 0, "batch": 5})
+        Epochs([1, 2]).restore({"epoch": 0, "batch": 5})
     with pytest.raises(ArgumentError, match="needs a kind"):
         Curves("curves")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feed: batches of epoch after epoch out of any iterable, with a position that a checkpoint can keep."""
+"""Epochs: batches of epoch after epoch out of any iterable, with a position that a checkpoint can keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from batiste.graph.errors import ArgumentError
 
-__all__ = ["END", "Feed"]
+__all__ = ["END", "Epochs"]
 
 
 class _End:
@@ -18,10 +18,10 @@ class _End:
 
 
 END = _End()
-"""What `Feed.draw` gives between two epochs."""
+"""What `Epochs.draw` gives between two epochs."""
 
 
-class Feed:
+class Epochs:
     """The batches of `data`, and where in them we are.
 
     Args:
@@ -29,7 +29,7 @@ class Feed:
             `epoch -> iterable`, which can shuffle by that number; or an iterator, which has one epoch. Where it has
             `state()` and `restore(state)`, these keep the position; otherwise batches are drawn again and dropped.
 
-    >>> feed = Feed(lambda epoch: [10 * epoch, 10 * epoch + 1])
+    >>> feed = Epochs(lambda epoch: [10 * epoch, 10 * epoch + 1])
     >>> [feed.draw() for _ in range(4)], feed.position()
     ([0, 1, <end of epoch>, 10], {'epoch': 1, 'batch': 1})
     """
