@@ -34,7 +34,7 @@ def test_it_trains_with_every_switch_and_says_what_came_of_it() -> None:
         (("--text", "nowhere.txt"), "cannot read --text"),
         (("--length", 10**6), "too few"),
         (("--steps", 0), "above zero"),
-        ((*TINY, "--heads", 3), "the heads do not divide the features"),
+        ((*TINY, "--heads", 3, "--kv-heads", 3), "the heads do not divide the features"),
     ],
 )
 def test_wrong_arguments_end_with_2_and_a_reason(args: tuple[object, ...], message: str) -> None:
