@@ -34,6 +34,7 @@ FLOORS = {
     "serialization": 2,
     "transforms": 2,
     "nn": 3,
+    "distributed": 2,
     "debug": 3,
     "linen": 4,
     "training": 4,

@@ -10,10 +10,9 @@ import time
 from typing import Any
 
 import jax
-from jax._src.distributed import global_state  # the client that waits with a time-out has no public name
 
 from batiste.graph.errors import ArgumentError, BatisteError, CallError
-from batiste.graph.jaxcompat import backends_started
+from batiste.graph.jaxcompat import backends_started, processes_state
 
 from .environment import World, checked, detect
 
@@ -77,7 +76,7 @@ def initialize(
     if jax.distributed.is_initialized():
         if _world.processes == 1:
             _world = World("JAX, which was initialised already", jax.process_index(), jax.process_count(),
-                           global_state.coordinator_address)  # fmt: skip
+                           processes_state.coordinator_address)  # fmt: skip
         return _world
     given = (coordinator, processes, process)
     if any(x is not None for x in given):
@@ -119,7 +118,7 @@ def barrier(name: str = "barrier", *, timeout: float = 300) -> None:
     Raises:
         BarrierTimeout: some did not come; it names them.
     """
-    client: Any = global_state.client
+    client: Any = processes_state.client
     if client is None or jax.process_count() == 1:
         return
     key = f"batiste/barrier/{name}/{_passed[name]}"

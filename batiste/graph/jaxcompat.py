@@ -10,6 +10,7 @@ from jax._src.core import (
     cur_qdd,  # noqa: F401
     get_opaque_trace_state,  # public in jax.extend.core, which takes 20 ms to import
 )
+from jax._src.distributed import global_state as processes_state  # noqa: F401  (waiting with a time-out has no public name)
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
 from jax._src.interpreters.partial_eval import DynamicJaxprTracer
 from jax._src.source_info_util import user_frames as _user_frames

@@ -139,6 +139,7 @@ def evaluate(
     predict: Callable[[Any, Any], Any] | None = None,
     labels: Callable[[Any], Any] | None = None,
     slices: Mapping[str, Callable[[Any], Any]] | None = None,
+    weight: Callable[[Any], Any] | None = None,
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -154,6 +155,8 @@ def evaluate(
         predict: `outputs = predict(model, batch)`; the model's call of `batch[0]` unless given.
         labels: the labels of a batch; `batch[1]` unless given.
         slices: functions from a batch to an array[n] of groups, by name: figures are also given for each group.
+        weight: from a batch to an array[n], 0 for rows that were filled in and are not counted; `batch["weight"]`
+            unless given, where a batch is a dict that has it.
         confidence, resamples, seed: of the intervals, by bootstrap; `resamples=0` for none.
 
     Raises:
@@ -177,10 +180,12 @@ def evaluate(
         n = examples_of(batch)
         size = max(size, n)
         rows = measure(view, batch if n == size else filled(batch, size - n))
+        weighted = weight or (_own_weight if _has_weight(batch) else None)
+        counted = slice(n) if weighted is None else np.flatnonzero(np.asarray(weighted(batch))[:n])
         for name, each in rows.items():
-            found[name].append(tuple(_on_host(r)[:n] for r in each))
+            found[name].append(tuple(_on_host(r)[counted] for r in each))
         for name, group in (slices or {}).items():
-            groups[name].append(np.asarray(group(batch)))
+            groups[name].append(np.asarray(group(batch))[counted])
     if not size:
         raise ArgumentError("nothing to evaluate on", got="no batches", fix="pass data with at least one batch; an "
                             "iterator can be read only once")  # fmt: skip
@@ -224,6 +229,14 @@ def _call_of_first(model: Any, batch: Any) -> Any:
 
 def _second(batch: Any) -> Any:
     return batch[1]
+
+
+def _has_weight(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and "weight" in batch
+
+
+def _own_weight(batch: Any) -> Any:
+    return batch["weight"]
 
 
 def _evaluation_mode(model: Any) -> Any:

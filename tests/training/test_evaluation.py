@@ -233,3 +233,16 @@ def test_wrong_batches_are_refused() -> None:
         report({"accuracy": accuracy()}, [(LOGITS, LOGITS)])
     with pytest.raises(ArgumentError, match="nothing to evaluate on"):
         report({"accuracy": accuracy()}, [])
+
+
+def test_rows_without_weight_are_not_counted() -> None:
+    rows = {
+        "x": np.eye(2, dtype=np.float32)[[0, 1, 1, 1]],
+        "y": np.array([0, 1, 0, 0]),
+        "weight": np.array([1, 1, 1, 0]),
+    }
+    settings = dict(predict=lambda model, batch: batch["x"], labels=lambda batch: batch["y"])
+    report = evaluate(None, [rows], {"accuracy": accuracy()}, **settings)
+    assert (report.count, report["accuracy"]) == (3, pytest.approx(2 / 3))
+    unweighted = evaluate(None, [rows], {"accuracy": accuracy()}, weight=lambda batch: np.ones(4), **settings)
+    assert (unweighted.count, unweighted["accuracy"]) == (4, 0.5)
