@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every test and every docstring's example is run: strictly, on eight CPU devices, with plans checked.
 
+Programs are compiled with few optimisations: most are run once, and compiling them is what takes the time.
+
 The settings stand in the environment before JAX is imported, and only where the caller has not chosen otherwise.
 """
 
@@ -11,7 +13,8 @@ from pathlib import Path
 
 STRICT = {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent / ".jaxcache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -185,8 +185,8 @@ def rope_angles(positions_T: Array, depth: int, theta: float) -> tuple[Array, Ar
     """cos and sin of t · theta^(-2i / depth), i = 0 … depth / 2 - 1, as [T, depth / 2] in float32
 
     >>> cos, sin = rope_angles(jnp.array([0, 1]), 4, 100.0)
-    >>> sin.round(2)
-    Array([[0. , 0. ], [0.84, 0.1 ]], dtype=float32)
+    >>> [[round(float(x), 2) for x in row] for row in sin]
+    [[0.0, 0.0], [0.84, 0.1]]
     """
     frequencies_C = theta ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
     angles_TC = positions_T.astype(jnp.float32)[:, None] * frequencies_C[None, :]
