@@ -17,7 +17,7 @@ BENCH       ?= overhead import_time memory
 ARGS        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench conformance lock clean
+.PHONY: help venv demo test faults lint bench conformance lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ demo: $(READY)  ## train a small convolutional network and show how it did (DATA
 
 test: $(READY)  ## run every test and every example in a docstring (ARGS='-k words' chooses)
 	JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
+
+faults: $(READY)  ## the long tier of the fault tests: more damage, more kills (tens of minutes)
+	BATISTE_FAULTS=long JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -q -n $(WORKERS) --durations 10 tests/faults $(ARGS)
 
 lint: $(LINTERS)  ## style, format and types
 	$(VENV)/bin/ruff check .

@@ -63,9 +63,10 @@ class Fs:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
+        except OSError as error:
             os.close(file)
-            raise
+            held = error.errno in (errno.EAGAIN, errno.EACCES)
+            raise (BlockingIOError(errno.EAGAIN, "somebody holds the lock") if held else error) from error
         return file
 
     def open(self, path: Path) -> int:
@@ -197,7 +198,7 @@ class FolderLock:
                 with typed(folder, "lock the folder"):
                     self._file = fs.lock(folder / ".lock")
             except SaveError as error:
-                if isinstance(error.__cause__, BlockingIOError | PermissionError):
+                if isinstance(error.__cause__, BlockingIOError):
                     raise self._refusal(folder, "another program") from error
                 raise
             _held.add(self._key)
@@ -211,5 +212,7 @@ class FolderLock:
     def release(self) -> None:
         with _held_lock:
             if self._file >= 0:
-                self._file = self._fs.close(self._file) or -1
+                with contextlib.suppress(OSError):  # closed it is nevertheless, and what was saved is safe
+                    self._fs.close(self._file)
+                self._file = -1
                 _held.discard(self._key)

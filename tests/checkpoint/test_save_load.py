@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is saved comes back bit for bit, into any sort of tree, on any devices; what does not fit is refused as a whole."""
+"""What is saved comes back bit for bit, into any sort of tree, on any devices; what does not fit is refused as a
+whole."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def test_linen_variables_train_states_and_single_values(tmp_path: Path) -> None:
     variables = linen.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
     adam = optax.adam(1e-3)
     first, other = (
-        TrainState.create(apply_fn=abs, params=jax.tree.map(lambda x: x + n, variables["params"]), tx=adam)
+        TrainState.create(apply_fn=abs, params=jax.tree.map(lambda x, n=n: x + n, variables["params"]), tx=adam)
         for n in (0, 1)
     )
     stepped = first.apply_gradients(grads=variables["params"]).replace(step=jnp.int32(1))
@@ -199,7 +200,7 @@ def test_the_four_words_that_allow_a_difference(tmp_path: Path) -> None:
             checkpoint.load(tmp_path / "x", into=target, **{k: v for k, v in words.items() if k != word})
     upper = checkpoint.load(tmp_path / "x", into={"EXTRA/E": a(1)}, rename=str.upper, ignore=True)
     assert upper["EXTRA/E"] == 1
-    with pytest.raises(ArgumentError, match="rename names what the checkpoint does not have: got .'odl'."):
+    with pytest.raises(ArgumentError, match=r"rename names what the checkpoint does not have: got .'odl'."):
         checkpoint.load(tmp_path / "x", into=target, rename={"odl": "new"})
     with pytest.raises(ArgumentError, match="rename gives two entries one name"):
         checkpoint.load(tmp_path / "x", into=target, rename={"old/w": "n"})
@@ -229,7 +230,9 @@ def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
     assert (about["step"], about["healthy"], about["metrics"]) == (4, True, {"loss": 0.5})
     assert set(about["versions"]) == {"batiste", "jax", "numpy"}
     assert checkpoint.peek(tmp_path / "x")["entries"] == {"w": "float32[2,3]"}
-    with pytest.raises(checkpoint.CorruptError, match="larger than max_bytes at .*x: got 24 bytes, expected at most 23"):
+    with pytest.raises(
+        checkpoint.CorruptError, match=r"larger than max_bytes at .*x: got 24 bytes, expected at most 23"
+    ):
         checkpoint.load(tmp_path / "x", max_bytes=23)
     with pytest.raises(checkpoint.NotFoundError, match="There is no checkpoint at"):
         checkpoint.load(tmp_path / "y")
