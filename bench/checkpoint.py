@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -27,9 +28,9 @@ from measure import machine, print_table
 PARTS = 8
 
 
-def seconds(f: Callable[[], object]) -> float:
+def seconds(f: Callable[..., object], *args: Any, **kwargs: Any) -> float:
     began = time.perf_counter()
-    f()
+    jax.block_until_ready(f(*args, **kwargs))
     return time.perf_counter() - began
 
 
@@ -41,15 +42,15 @@ def measure(mib: int, rounds: int, folder: Path) -> list[float]:
     found: list[list[float]] = []
     for n in range(rounds):
         ours, background, theirs = (folder / f"{name}{n}" for name in ("ours", "background", "orbax"))
-        saved = seconds(lambda: checkpoint.save(ours, tree))
+        saved = seconds(checkpoint.save, ours, tree)
         began = time.perf_counter()
         saving = checkpoint.save_async(background, tree)
         returned = time.perf_counter() - began
         saving.wait()
-        orbaxed = seconds(lambda: orbax.save(theirs, tree))
+        orbaxed = seconds(orbax.save, str(theirs), tree)
         into = jax.tree.map(jnp.zeros_like, tree)
-        loaded = seconds(lambda: jax.block_until_ready(checkpoint.load(ours, into=into)))
-        restored = seconds(lambda: jax.block_until_ready(orbax.load(theirs, into)))
+        loaded = seconds(checkpoint.load, ours, into=into)
+        restored = seconds(orbax.load, str(theirs), into)
         found.append([saved, returned, orbaxed, loaded, restored])
         for path in (ours, background):
             path.unlink()

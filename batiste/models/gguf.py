@@ -81,9 +81,7 @@ def open_gguf(path: str | Path) -> Weights:
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
             raise WeightsError("the alignment is none", at=str(path), got=alignment)
         start = file.tell() + -file.tell() % alignment
-    tensors = {
-        name: _tensor(path, name, shape, kind, offset, start, total) for name, shape, kind, offset in entries
-    }
+    tensors = {name: _tensor(path, name, shape, kind, offset, start, total) for name, shape, kind, offset in entries}
     return Weights(tensors, about)
 
 

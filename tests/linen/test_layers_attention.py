@@ -61,7 +61,7 @@ def test_a_function_for_both_products_replaces_them():
                                       "precision": "highest"}])  # fmt: skip
 def test_einsums_that_exclude_each_other_are_refused(options):
     q = X.reshape(1, 5, 2, 4)
-    with pytest.raises(ValueError, match="must be specified together|mutually exclusive"):
+    with pytest.raises(ValueError, match=r"must be specified together|mutually exclusive"):
         nn.dot_product_attention(q, q, q, **options)
 
 
