@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -118,10 +119,22 @@ def _orbax_tree(path: Path, max_bytes: int | None) -> Any:
     total = sum(int(np.prod(x.shape)) * getattr(x.dtype, "itemsize", 8) for x in declared)
     if max_bytes is not None and total > max_bytes:
         raise _refusal(path, f"it holds {size_text(total)}, more than max_bytes")
-    host = jax.tree.map(lambda x: orbax.RestoreArgs(restore_type=_type_of(x)), tree)
-    return reader.restore(path.absolute(), restore_args=host)
+    keys = _random_keys(path)
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def target(leaf: Any) -> Any:
+        """Arrays come to the host, wherever they were when they were saved; random keys know their kind on a device."""
+        if type(leaf).__name__ != "ArrayMetadata":
+            return orbax.RestoreArgs()
+        if leaf.name in keys:
+            return orbax.ArrayRestoreArgs(restore_type=jax.Array, sharding=one)
+        return orbax.RestoreArgs(restore_type=np.ndarray)
+
+    return reader.restore(path.absolute(), restore_args=jax.tree.map(target, tree))
 
 
-def _type_of(found: Any) -> Any:
-    """Arrays come to the host, wherever they were when they were saved."""
-    return np.ndarray if type(found).__name__ == "ArrayMetadata" else None
+def _random_keys(path: Path) -> set[str]:
+    """The names of the arrays that are typed random keys, which Orbax notes beside the arrays."""
+    notes = [json.loads(file.read_text())["array_metadatas"] for file in sorted(path.glob("array_metadatas/process_*"))]
+    arrays = [note["array_metadata"] for listed in notes for note in listed]
+    return {array["param_name"] for array in arrays if (array.get("ext_metadata") or {}).get("random_key_impl")}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +22,10 @@ from batiste.graph.text import table
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Choice = bool | str | Iterable[str]
 ROWS = 200
+FIXES = {  # of differences that no word allows
+    "shape": "load into a model of the shapes in the file",
+    "kind": "load keys into keys of their kind, text into text, complex numbers into such",
+}
 
 
 def matched(
@@ -43,9 +48,9 @@ def matched(
             continue
         fits[name] = entry
         problem = _difference(entry, like)
-        if problem == "shape" or (problem and not _chosen(name, cast)):
+        if problem in FIXES or (problem and not _chosen(name, cast)):
             rows.append((name, problem, described(entry), described(like)))
-            fixes["cast=[...] converts" if problem == "dtype" else "load into a model of the shapes in the file"] = None
+            fixes[FIXES.get(problem, "cast=[...] converts")] = None
     for name in renamed.keys() - wanted.keys():
         if not _chosen(name, ignore):
             rows.append((name, "unexpected", described(renamed[name]), "-"))
@@ -94,23 +99,43 @@ def _chosen(name: str, choice: Choice) -> bool:
 
 
 def _difference(entry: Entry, like: Any) -> str:
-    """`shape`, `dtype`, or nothing."""
+    """`shape`, `kind`, `dtype`, or nothing."""
     if isinstance(like, SCALARS) and not isinstance(like, np.generic):
-        if entry.shape or entry.impl:
+        if entry.impl is not None:
+            return "kind"
+        if entry.shape:
             return "shape"
         if entry.dtype is None:
-            return "" if type(entry.scalar) is type(like) else "dtype"
+            return "" if type(entry.scalar) is type(like) else "dtype" if _converts(entry.scalar, like) else "kind"
+        if isinstance(like, str) or (not isinstance(like, complex) and entry.dtype.kind == "c"):
+            return "kind"
         kinds = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating, complex: jnp.complexfloating}
         return "" if type(like) in kinds and jnp.issubdtype(entry.dtype, kinds[type(like)]) else "dtype"
     if entry.dtype is None:
-        if like.shape or isinstance(entry.scalar, str):
+        if isinstance(entry.scalar, str) or is_key_array(like):
+            return "kind"
+        if like.shape:
             return "shape"
-        return "" if not is_key_array(like) and _holds(like.dtype, entry.scalar) else "dtype"
+        return "" if _holds(like.dtype, entry.scalar) else "dtype"
     if (entry.impl is not None) != is_key_array(like):
-        return "dtype"
+        return "kind"
     if entry.impl is not None:
-        return "shape" if entry.shape[:-1] != like.shape else "" if impl_of(like) == entry.impl else "dtype"
-    return "shape" if entry.shape != like.shape else "" if entry.dtype == like.dtype else "dtype"
+        return "kind" if impl_of(like) != entry.impl else "" if entry.shape[:-1] == like.shape else "shape"
+    if entry.shape != like.shape:
+        return "shape"
+    real = entry.dtype.kind == "c" and np.dtype(like.dtype).kind != "c"
+    return "" if entry.dtype == like.dtype else "kind" if real else "dtype"
+
+
+def _converts(scalar: Any, like: Any) -> bool:
+    """Whether a Python number can become one of another type without an error."""
+    if (
+        isinstance(scalar, str)
+        or isinstance(like, str)
+        or (isinstance(scalar, complex) and not isinstance(like, complex))
+    ):
+        return False
+    return not (isinstance(like, int) and isinstance(scalar, float)) or math.isfinite(scalar)
 
 
 def _holds(dtype: Any, scalar: Any) -> bool:

@@ -134,11 +134,15 @@ def _text(x: Any) -> str:
     return f"{x.real.hex()} {x.imag.hex()}" if isinstance(x, complex) else str(x)
 
 
+def _complex(real: float, imaginary: float) -> complex:
+    return complex(real, imaginary)
+
+
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bool": {"True": True, "False": False}.__getitem__,
     "int": int,
     "float": float.fromhex,
-    "complex": lambda text: complex(*map(float.fromhex, text.split(" "))),
+    "complex": lambda text: _complex(*map(float.fromhex, text.split(" "))),
     "str": str,
 }
 

@@ -119,17 +119,20 @@ MISMATCHES: dict[str, tuple[Any, Any, list[str]]] = {
     "f32 for int8": ({"k": a(2)}, {"k": a(2, dtype=jnp.int8)}, ["k dtype float32[2] int8[2]"]),
     "bf16": ({"k": a(2)}, {"k": a(2, dtype=jnp.bfloat16)}, ["k dtype float32[2] bfloat16[2]"]),
     "f64 on disk": ({"k": np.ones(2)}, {"k": a(2)}, ["k dtype float64[2] float32[2]"]),
-    "text": ({"k": "text"}, {"k": a(2)}, ["k shape str float32[2]"]),
+    "text": ({"k": "text"}, {"k": a(2)}, ["k kind str float32[2]"]),
+    "text for number": ({"k": "text"}, {"k": 1}, ["k kind str int"]),
+    "complex": ({"k": a(2, dtype=jnp.complex64)}, {"k": a(2)}, ["k kind complex64[2] float32[2]"]),
+    "infinite count": ({"k": float("inf")}, {"k": 1}, ["k kind float int"]),
     "dict for array": ({"k": {"q": a(2)}}, {"k": a(2)}, ["k missing - float32[2]", "k/q unexpected float32[2] -"]),
     "extra": ({"k": a(2), "x": a(1)}, {"k": a(2)}, ["x unexpected float32[1] -"]),
     "missing": ({"k": a(2)}, {"k": a(2), "b": a(1)}, ["b missing - float32[1]"]),
     "typo": ({"kernle": a(2)}, {"kernel": a(2)}, ["kernel missing - float32[2]", "kernle unexpected float32[2] -"]),
-    "key as bits": ({"k": a(2, dtype=jnp.uint32)}, {"k": jax.random.key(0)}, ["k dtype uint32[2] key<threefry2x32>[]"]),
-    "bits as key": ({"k": jax.random.key(0)}, {"k": a(2, dtype=jnp.uint32)}, ["k dtype key<threefry2x32>[] uint32[2]"]),
+    "key as bits": ({"k": a(2, dtype=jnp.uint32)}, {"k": jax.random.key(0)}, ["k kind uint32[2] key<threefry2x32>[]"]),
+    "bits as key": ({"k": jax.random.key(0)}, {"k": a(2, dtype=jnp.uint32)}, ["k kind key<threefry2x32>[] uint32[2]"]),
     "key kind": (
         {"k": jax.random.key(0, impl="rbg")},
         {"k": jax.random.key(0)},
-        ["k dtype key<rbg>[] key<threefry2x32>[]"],
+        ["k kind key<rbg>[] key<threefry2x32>[]"],
     ),
     "keys": ({"k": jax.random.split(jax.random.key(0), 3)}, {"k": jax.random.key(0)}, ["k shape key<threefry2x32>[3]"]),
     "int for float": ({"k": 1}, {"k": 1.5}, ["k dtype int float"]),
@@ -174,6 +177,9 @@ def test_each_mismatch_is_named_with_both_sides_and_nothing_is_written(case: str
     assert f"{len(rows)} entr" in said
     assert "Fix: " in said
     assert bits(target) == before
+    if "shape " in said or " kind " in said:
+        with pytest.raises(checkpoint.MismatchError):
+            checkpoint.load(tmp_path / "x", into=target, cast=True, partial=True, ignore=True)
 
 
 def test_a_model_of_another_width_is_refused_and_unchanged(tmp_path: Path) -> None:
