@@ -30,6 +30,7 @@ from .environment import COORDINATOR, PROCESS, PROCESSES
 __all__ = ["launch"]
 
 POLL = 0.05
+MOMENT = 0.5  # seconds in which failures that follow from each other are heard of
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 DEVICES = "--xla_force_host_platform_device_count"
 # XLA's threads on a CPU wait for each other in collectives; with fewer than twice the devices they may wait for ever.
@@ -162,12 +163,27 @@ def _wait(children: list[subprocess.Popen[str]], received: list[int], grace: flo
             continue
         left -= 1
         if code and not received:
+            i, code = _cause((i, code), ended)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            others = " Ending the others." if left else ""
+            others = " Ending the others." if any(child.poll() is None for child in children) else ""
             print(f"launch: process {i} {how}.{others}", file=sys.stderr, flush=True)
             _end(children, grace)
             return 128 - code if code < 0 else code
     return 128 + received[0] if received else 0
+
+
+def _cause(first: tuple[int, int], ended: queue.SimpleQueue[tuple[int, int]]) -> tuple[int, int]:
+    """The failure that led to the others: one that loses a neighbour aborts at once, and may be heard of first."""
+    failure = first
+    until = time.monotonic() + MOMENT
+    while failure[1] == -signal.SIGABRT and (remaining := until - time.monotonic()) > 0:
+        try:
+            other = ended.get(timeout=remaining)
+        except queue.Empty:
+            break
+        if other[1]:
+            failure = other
+    return failure if failure[1] != -signal.SIGABRT else first
 
 
 def _end(children: list[subprocess.Popen[str]], grace: float) -> None:

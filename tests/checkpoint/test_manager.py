@@ -63,8 +63,8 @@ def test_an_empty_folder_a_missing_step_a_swapped_file_and_senseless_arguments(t
     manager = checkpoint.Manager(tmp_path / "none")
     assert manager.restore_latest(GOOD) is None
     assert not (tmp_path / "none").exists(), "reading makes nothing"
+    saved(tmp_path, {2: GOOD, 3: GOOD})
     with pytest.raises(checkpoint.NotFoundError, match=r"no such step at .*: got 4, expected .2, 3."):
-        saved(tmp_path, {2: GOOD, 3: GOOD})
         checkpoint.Manager(tmp_path).restore(4)
     manager = checkpoint.Manager(tmp_path)
     manager.path(2).replace(manager.path(3))

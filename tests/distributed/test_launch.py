@@ -61,6 +61,16 @@ def test_a_process_that_a_signal_ended_gives_128_and_the_signal(
     assert "process 1 was ended by SIGKILL" in capsys.readouterr().err
 
 
+def test_an_abort_that_follows_from_another_end_is_not_taken_for_the_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "if me: time.sleep(0.2)\nos.kill(os.getpid(), signal.SIGKILL if me else signal.SIGABRT)"
+    assert launch([program(tmp_path, text)], 2) == 137
+    assert "process 1 was ended by SIGKILL" in capsys.readouterr().err
+    assert launch([program(tmp_path, "os.kill(os.getpid(), signal.SIGABRT)")], 2) == 134, "both aborted: the first"
+    assert "was ended by SIGABRT" in capsys.readouterr().err
+
+
 def test_a_signal_is_passed_on(tmp_path: Path) -> None:
     text = (
         "def end(number, _):\n    print('got', number, flush=True); sys.exit(0)\n"
