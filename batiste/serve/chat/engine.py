@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: a thread that gives slots to jobs as they come and go, and takes steps for all of them together.
+
+Each round:  jobs that ended, were cancelled or are late leave  ·  waiting jobs take free slots
+             pieces of prompts are read, fewer the more slots are answering  ·  one step for all live slots
+
+A job is refused when it comes, not when it has waited in vain: the queue is bounded, and nobody is let in who would
+have to wait longer than it has time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+
+from batiste.graph.errors import ArgumentError, BatisteError
+
+from .queue import Waiting
+from .sampling import Sampling
+from .slots import Slots
+
+log = logging.getLogger(__name__)
+
+End = Literal["stop", "length", "cancelled", "late", "unsound", "failed", "closed"]
+"""Why a job ended: its reader said so; no tokens are left; nobody reads on; no time is left; the model gave no numbers;
+the program failed; the engine was closed."""
+
+
+GREEDY = Sampling()
+
+
+class Refused(BatisteError):
+    """The engine takes no job now.
+
+    `after` says in how many seconds it is worth another try; `busy` is False if it is closing down.
+    """
+
+    def __init__(self, problem: str, *, after: float, busy: bool):
+        super().__init__(problem, fix=f"try again in {math.ceil(after)} s")
+        self.after, self.busy = after, busy
+
+
+class Token(NamedTuple):
+    """A token that was drawn, and, where asked for, the log probabilities of it and of the likeliest."""
+
+    token: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One answer to one prompt. Its functions are called by the engine's thread and must be quick.
+
+    Args:
+        prompt: tokens, at least one.
+        limit: the most tokens of the answer.
+        sampling, bias: how tokens are drawn; what is added to the logits of which tokens.
+        take: is given each token; True says that the answer ends with it.
+        end: is told once why the job ended.
+        client: whose job it is: clients take turns.
+        deadline: by `time.monotonic`, when nobody waits any more.
+    """
+
+    prompt: Sequence[int]
+    limit: int
+    take: Callable[[Token], bool]
+    end: Callable[[End], None]
+    sampling: Sampling = GREEDY
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    client: str = ""
+    deadline: float = math.inf
+    cancelled: bool = False
+    _parts: list[Sequence[int]] = dataclasses.field(default_factory=list)
+    _given: int = 0
+    _began: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Positions that it may fill."""
+        return len(self.prompt) + self.limit
+
+    def cancel(self) -> None:
+        """Nobody reads on: the slot is free from the next round on."""
+        self.cancelled = True
+
+
+class Figures(NamedTuple):
+    """What the engine did and does: counts since the start, and what is so now."""
+
+    tokens: int
+    steps: int
+    ended: Mapping[str, int]
+    refused: int
+    waiting: int
+    live: int
+    slots: int
+    programs: int
+    seconds_to_a_slot: float
+
+
+class Engine:
+    """Runs jobs in slots, in a thread of its own.
+
+    Args:
+        slots: a group of slots, or several of different lengths: a job takes a slot of the shortest that holds it.
+        waiting: the most jobs that wait for a slot.
+
+    Raises:
+        ArgumentError: there are no slots.
+    """
+
+    def __init__(self, slots: Slots | Sequence[Slots], *, waiting: int = 64):
+        groups = [slots] if isinstance(slots, Slots) else sorted(slots, key=lambda group: group.length)
+        if not groups:
+            raise ArgumentError("an engine needs slots", got="none", fix="pass Slots(model)")
+        self._groups = [_Group(slots) for slots in groups]
+        self._most_waiting = waiting
+        self._waiting = Waiting()
+        self._changed = threading.Condition()
+        self._open, self._running = True, True
+        self._tokens = self._steps = self._refused = 0
+        self._ended: dict[str, int] = {}
+        self._service = 0.0  # seconds for which a job holds a slot, of late
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="batiste-chat", daemon=True)
+        self._thread.start()
+
+    @property
+    def length(self) -> int:
+        """The most positions of a prompt and its answer."""
+        return self._groups[-1].slots.length
+
+    @property
+    def vocab(self) -> int:
+        return self._groups[0].slots.vocab
+
+    @property
+    def size(self) -> int:
+        """How many slots there are."""
+        return sum(group.slots.count for group in self._groups)
+
+    @property
+    def stalled(self) -> float:
+        """For how many seconds a round has been going on: far above what a step takes, the device hangs."""
+        return time.monotonic() - self._beat if any(group.busy for group in self._groups) else 0.0
+
+    @property
+    def figures(self) -> Figures:
+        with self._changed:
+            return Figures(
+                self._tokens, self._steps, dict(self._ended), self._refused, len(self._waiting),
+                sum(group.busy for group in self._groups), self.size,
+                sum(group.slots.programs for group in self._groups), self._wait(),
+            )  # fmt: skip
+
+    def submit(self, *jobs: Job) -> None:
+        """Takes these jobs, all or none.
+
+        Raises:
+            ArgumentError: a prompt is empty or has tokens outside the vocabulary, or a job does not fit into a slot.
+            Refused: there is no room, or no time; or the engine is closing.
+        """
+        for job in jobs:
+            if not job.prompt or job.limit < 1 or job.length > self.length:
+                raise ArgumentError("a job's prompt and answer fit into a slot", expected=f"1 to {self.length} tokens",
+                                    got=f"{len(job.prompt)} and up to {job.limit}")  # fmt: skip
+            if not 0 <= min(job.prompt) <= max(job.prompt) < self.vocab:
+                raise ArgumentError("a token is outside the vocabulary", got=f"{min(job.prompt)} … {max(job.prompt)}",
+                                    expected=f"0 … {self.vocab - 1}")  # fmt: skip
+        with self._changed:
+            if not self._open:
+                self._refused += len(jobs)
+                raise Refused("The engine is closing down", after=5, busy=False)
+            wait, free = self._wait(), self.size - sum(group.busy for group in self._groups)
+            now = time.monotonic()
+            crowded = len(self._waiting) + len(jobs) > self._most_waiting + max(free, 0)
+            if crowded or any(now + wait > job.deadline for job in jobs):
+                self._refused += len(jobs)
+                raise Refused("All slots are taken, and too many wait", after=max(wait, 1), busy=True)
+            for job in jobs:
+                self._waiting.add(job)
+            self._changed.notify()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Takes no more jobs and ends those it has, within `timeout` seconds; whether all of them could end."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while self._thread.is_alive() and self._pending() and time.monotonic() < until:
+            time.sleep(0.005)
+        ended = not self._pending()
+        with self._changed:
+            self._running = False
+            self._changed.notify()
+        self._thread.join(timeout=max(1.0, 0.0 if timeout is None else timeout))
+        return ended
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _pending(self) -> int:
+        with self._changed:
+            return len(self._waiting) + sum(group.busy for group in self._groups)
+
+    def _wait(self) -> float:
+        """Seconds until one more job would get a slot, judged by how long jobs held theirs of late."""
+        ahead = len(self._waiting) + sum(group.busy for group in self._groups) - self.size + 1
+        return max(ahead, 0) * self._service / self.size
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._running or self._waiting or self._any_busy())
+                if not self._running:
+                    break
+            self._beat = time.monotonic()
+            self._leave()
+            self._admit()
+            for group in self._groups:
+                try:
+                    self._advance(group)
+                except Exception:
+                    log.exception("a program failed: the jobs in its slots are given up")
+                    for slot in group.held():
+                        self._free(group, slot, "failed")
+                    group.slots.clear()
+        for group in self._groups:
+            for slot in group.held():
+                self._free(group, slot, "closed")
+        for job in self._waiting.take(lambda job: True):
+            self._told(job, "closed")
+
+    def _any_busy(self) -> bool:
+        return any(group.busy for group in self._groups)
+
+    def _leave(self) -> None:
+        """Those whom nobody waits for any more."""
+        now = time.monotonic()
+        with self._changed:
+            gone = self._waiting.take(lambda job: job.cancelled or job.deadline < now)
+        for job in gone:
+            self._told(job, "cancelled" if job.cancelled else "late")
+        for group in self._groups:
+            for slot in group.held():
+                job = group.job(slot)
+                if job.cancelled or job.deadline < now:
+                    self._free(group, slot, "cancelled" if job.cancelled else "late")
+
+    def _admit(self) -> None:
+        longest = 0
+        for group in self._groups:
+            for slot in group.free():
+                fits = lambda job, least=longest, most=group.slots.length: least < job.length <= most
+                with self._changed:
+                    job = self._waiting.pop(fits)
+                    if job is None:
+                        break
+                    group.jobs[slot] = job
+                job._began, job._parts = time.monotonic(), group.slots.parts(job.prompt)
+                group.fresh.append(slot)
+            longest = group.slots.length
+
+    def _advance(self, group: _Group) -> None:
+        """Reads pieces of prompts, and takes a step."""
+        slots = group.slots
+        while group.fresh:
+            slot = group.fresh.pop()
+            job = group.job(slot)
+            slots.insert(slot, job.prompt, job.sampling, job.bias)
+        reading = [slot for slot in group.held() if group.job(slot)._parts]
+        answering = group.busy - len(reading)
+        for _ in range(max(1, len(reading) - answering)):
+            slot = min(reading, key=lambda slot: group.job(slot)._began, default=None)
+            if slot is None:
+                break
+            job = group.job(slot)
+            slots.fill(slot, job._parts.pop(0))
+            reading = [slot for slot in reading if group.job(slot)._parts]
+        live = np.zeros(slots.count, bool)
+        live[[slot for slot in group.held() if not group.job(slot)._parts]] = True
+        if live.any():
+            out = slots.step(live)
+            self._steps += 1
+            for slot in np.flatnonzero(live):
+                self._give(group, int(slot), out)
+
+    def _give(self, group: _Group, slot: int, out) -> None:
+        """Hands a job its token; where a job's own functions fail, it fails alone."""
+        job = group.job(slot)
+        if not out.sound[slot]:
+            return self._free(group, slot, "unsound")
+        token = Token(int(out.token[slot]))
+        if job.sampling.logprobs:
+            likeliest = zip(out.likeliest[slot].tolist(), out.likeliest_logprob[slot].tolist())
+            token = Token(token.token, float(out.logprob[slot]), tuple(likeliest))
+        job._given += 1
+        self._tokens += 1
+        try:
+            over = job.take(token)
+        except Exception:
+            log.exception("the reader of an answer failed")
+            return self._free(group, slot, "failed")
+        if over or job._given >= job.limit:
+            self._free(group, slot, "stop" if over else "length")
+
+    def _free(self, group: _Group, slot: int, why: End) -> None:
+        job = group.job(slot)
+        held = time.monotonic() - job._began
+        with self._changed:
+            group.jobs[slot] = None
+            group.fresh = [other for other in group.fresh if other != slot]
+            self._service = held if not self._service else 0.8 * self._service + 0.2 * held
+        self._told(job, why)
+
+    def _told(self, job: Job, why: End) -> None:
+        with self._changed:
+            self._ended[why] = self._ended.get(why, 0) + 1
+        with contextlib.suppress(Exception):  # an event loop that is closed by now
+            job.end(why)
+
+
+class _Group:
+    """Slots of one length, and the jobs that hold them."""
+
+    def __init__(self, slots: Slots):
+        self.slots = slots
+        self.jobs: list[Job | None] = [None] * slots.count
+        self.fresh: list[int] = []
+
+    @property
+    def busy(self) -> int:
+        return sum(job is not None for job in self.jobs)
+
+    def held(self) -> list[int]:
+        return [slot for slot, job in enumerate(self.jobs) if job is not None]
+
+    def free(self) -> list[int]:
+        return [slot for slot, job in enumerate(self.jobs) if job is None]
+
+    def job(self, slot: int) -> Job:
+        job = self.jobs[slot]
+        assert job is not None
+        return job
