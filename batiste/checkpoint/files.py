@@ -49,6 +49,10 @@ class Fs:
     def make_folder(self, path: Path) -> None:
         os.mkdir(path)
 
+    def remove_folder(self, path: Path) -> None:
+        """Removes a folder that is empty."""
+        os.rmdir(path)
+
     def sync_folder(self, path: Path) -> None:
         """Returns when the names in a folder are on the medium."""
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

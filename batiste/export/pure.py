@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of any kind as a function that writes nothing: `run(weights, inputs) -> outputs`, all by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from batiste import linen
+from batiste.debug.calls import part_types
+from batiste.errors import ModifyScopeVariableError
+from batiste.graph import (
+    Intermediate,
+    Perturbation,
+    State,
+    Variable,
+    from_flat_state,
+    merge,
+    split,
+    state,
+    to_flat_state,
+)
+from batiste.graph.errors import ArgumentError
+from batiste.graph.flatten import is_graph_node
+
+from .errors import ExportError
+
+MEASURED = (Intermediate, Perturbation)  # written for whoever looks on; the outputs do not depend on it
+EVAL = "call model.eval() first; or export a function that takes this state and returns it"
+
+
+class Pure(NamedTuple):
+    """A function of weights and inputs to outputs, the weights, and the types of the model's parts."""
+
+    run: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+    weights: dict[str, Any]
+    parts: frozenset[type] = frozenset()
+
+    def only(self, names: Sequence[str]) -> Pure:
+        """With those weights as its argument; the others, which the outputs do not depend on, stay behind."""
+        rest = {name: x for name, x in self.weights.items() if name not in names}
+        kept = {name: self.weights[name] for name in names}
+        return self._replace(run=lambda weights, inputs: self.run({**rest, **weights}, inputs), weights=kept)
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The weights without their values."""
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.weights.items()}
+
+
+def pure(model: Any, weights: Any, method: str | None, fixed: Mapping[str, Any], outputs: Sequence[str] | None) -> Pure:
+    """The function of a live object, of a Linen module with variables, or of a function with a tree of weights.
+
+    Raises:
+        ArgumentError: the model is none of them.
+    """
+    if inspect.ismethod(model) and is_graph_node(model.__self__):
+        model, method = model.__self__, model.__name__
+    if isinstance(model, linen.Module):
+        found = _of_linen(model, weights, method, fixed)
+    elif is_graph_node(model) and not isinstance(model, State):
+        if weights is not None:
+            raise ArgumentError("An object holds its weights itself", got="weights=", fix="leave weights out")
+        found = _of_object(model, method or "__call__", fixed)
+    elif callable(model):
+        found = _of_function(model, weights, fixed)
+    else:
+        raise ArgumentError("This is no model", got=type(model).__name__,
+                            expected="a module, a Linen module with weights=, or a function")  # fmt: skip
+    return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
+
+
+def _of_object(model: Any, method: str, fixed: Mapping[str, Any]) -> Pure:
+    graph, values = split(model)
+    flat: list[tuple[Any, Any]] = list(to_flat_state(values))
+    trees = {"/".join(map(str, path)): _value(leaf) for path, leaf in flat}
+    weights, rebuild = named_leaves(trees)
+
+    def run(weights: dict[str, Any], inputs: dict[str, Any]) -> Any:
+        new = rebuild(weights)
+        pairs = [(path, leaf.replace(x) if isinstance(leaf, Variable) else x)
+                 for (path, leaf), x in zip(flat, new.values())]  # fmt: skip
+        live = merge(graph, from_flat_state(pairs))
+        output = getattr(live, method)(**inputs, **fixed)
+        _refuse_writes(new, live)
+        return output
+
+    return Pure(run, weights, frozenset(part_types(model)))
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, Variable) else leaf
+
+
+def _refuse_writes(before: Mapping[str, Any], live: Any) -> None:
+    """Raises ExportError if a call changed values of an object, or gave it new ones."""
+    after: Any = state(live)
+    written = {}
+    for path, leaf in to_flat_state(after):
+        name = "/".join(map(str, path))
+        old, new = (jax.tree.leaves(tree) for tree in (before.get(name), _value(leaf)))
+        if not isinstance(leaf, MEASURED) and (len(old) != len(new) or any(a is not b for a, b in zip(old, new))):
+            written[name] = type(leaf).__name__
+    if written:
+        said = ", ".join(f"{kind} {name}" for name, kind in list(written.items())[:8])
+        raise ExportError("The call writes state, which would be lost", got=said, expected="nothing", fix=EVAL)
+
+
+def _of_linen(module: Any, variables: Any, method: str | None, fixed: Mapping[str, Any]) -> Pure:
+    if variables is None:
+        raise ArgumentError("A Linen module needs its variables", fix="export(module, …, weights=variables)")
+    weights, rebuild = named_leaves(linen.unbox(variables))
+
+    def run(weights: dict[str, Any], inputs: dict[str, Any]) -> Any:
+        try:
+            return module.apply(rebuild(weights), **inputs, **fixed, method=method)
+        except ModifyScopeVariableError as error:
+            raise ExportError(f"The call writes state, which would be lost ({error.problem})",
+                              fix="turn training off, such as fixed={'train': False}") from error  # fmt: skip
+
+    return Pure(run, weights)
+
+
+def _of_function(function: Callable[..., Any], tree: Any, fixed: Mapping[str, Any]) -> Pure:
+    if tree is None:
+        return Pure(lambda weights, inputs: function(**inputs, **fixed), {})
+    weights, rebuild = named_leaves(tree)
+    return Pure(lambda weights, inputs: function(rebuild(weights), **inputs, **fixed), weights)
+
+
+def named_leaves(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+    """The leaves of a tree by their paths, such as `layers/0/kernel`, and the way back.
+
+    Raises:
+        ExportError: a leaf is no array and no number, or two have one name.
+    """
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves: dict[str, Any] = {}
+    for path, leaf in found:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "weights"
+        if name in leaves:
+            raise ExportError("Two weights have the same name", at=name, fix="rename one of the keys")
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise ExportError("A weight is no array", at=name, got=type(leaf).__name__)
+        leaves[name] = jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf
+    return leaves, lambda new: jax.tree.unflatten(treedef, [new[name] for name in leaves])
+
+
+def named(output: Any, names: Sequence[str] | None) -> dict[str, Any]:
+    """Outputs by name: of a dict its keys, of a tuple `output_0` …, of one array `output`; or the names that are given.
+
+    >>> named({"a": 1, "b": [2, 3]}, None)
+    {'a': 1, 'b/0': 2, 'b/1': 3}
+    """
+    found = jax.tree_util.tree_flatten_with_path(output)[0]
+    if names is None:
+        alone = isinstance(output, (tuple, list))
+        keys = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+        names = [f"output_{key}" if alone else key or "output" for key in keys]
+    if len(names) != len(found) or len(set(names)) != len(names):
+        raise ArgumentError("The outputs need one name each", got=", ".join(names), expected=f"{len(found)} names")
+    return {name: x for name, (_, x) in zip(names, found)}
