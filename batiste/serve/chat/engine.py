@@ -149,6 +149,11 @@ class Engine:
         return sum(group.slots.count for group in self._groups)
 
     @property
+    def room(self) -> int:
+        """How many jobs can hold a slot or wait for one."""
+        return self.size + self._most_waiting
+
+    @property
     def stalled(self) -> float:
         """For how many seconds a round has been going on: far above what a step takes, the device hangs."""
         return time.monotonic() - self._beat if any(group.busy for group in self._groups) else 0.0

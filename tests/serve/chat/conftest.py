@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Sequence
+from typing import ClassVar
 
+import numpy as np
+import openai
 import pytest
+import uvicorn
 
 from batiste.graph import Rngs
 from batiste.models import DECODERS, Decoder
+from batiste.serve.chat.api import Api
+from batiste.serve.chat.embedder import Embedder
 from batiste.serve.chat.engine import GREEDY, Engine, Job, Token
+from batiste.serve.chat.model import LanguageModel
 from batiste.serve.chat.sampling import Sampling
 from batiste.serve.chat.slots import Slots
 
@@ -74,3 +83,61 @@ def answer_maker() -> type[Answer]:
 @pytest.fixture(scope="session", name="asked")
 def asked_maker():
     return asked
+
+
+# ---------------------------------------------------------------- a server
+class Bytes:
+    """Text as its bytes in UTF-8; special tokens take numbers that are no such bytes."""
+
+    specials: ClassVar = {"<|im_start|>": 0xFE, "<|im_end|>": 0xFF, "<|endoftext|>": 0xFD}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(t for t in tokens if t < 0xFD).decode(errors="replace")
+
+
+def embed(texts: Sequence[str]) -> np.ndarray:
+    """Vectors that tell texts apart: lengths, vowels, first letters."""
+    return np.array([[len(t), sum(map(t.count, "aeiou")), ord(t[0])] for t in texts], np.float32) / 8
+
+
+@contextlib.contextmanager
+def serving(api: Api):
+    """The API on a port of the loopback interface, by uvicorn in a thread; gives its address."""
+    config = uvicorn.Config(api.app(), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Bytes:
+    return Bytes()
+
+
+@pytest.fixture(scope="module")
+def api(model: Decoder):
+    """`tiny` in slots of its own, and the embedder `letters`."""
+    slots = Slots(model, count=4, length=LENGTH * 4, pieces=(64,))
+    api = Api([LanguageModel("tiny", Engine(slots, waiting=12), Bytes()), Embedder("letters", embed, tokens=len, most=64)])
+    yield api
+    api.close(5)
+
+
+@pytest.fixture(scope="module")
+def address(api: Api):
+    with serving(api) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str):
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=30) as client:
+        yield client
