@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,8 +54,7 @@ class Ask:
 # ---------------------------------------------------------------- checks
 def number(low: float, high: float, above: bool = False) -> Check:
     def check(value: Any) -> float:
-        numeric = type(value) in (int, float) and math.isfinite(value)
-        if not numeric or not low <= value <= high or (above and value == low):
+        if type(value) not in (int, float) or not low <= value <= high or (above and value == low):
             raise Wrong(f"a number from {low:g} to {high:g}" + (f", above {low:g}" if above else ""))
         return float(value)
 
@@ -87,12 +85,12 @@ def text(most: int) -> Check:
     return check
 
 
-def readable(value: str) -> str:
+def readable(value: str, within: str = "") -> str:
     """Text that can be written as UTF-8: half of a surrogate pair cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Wrong("text without lone surrogates") from None
+        raise Wrong("text without lone surrogates", within) from None
     return value
 
 
@@ -139,7 +137,7 @@ def _message(value: Any, at: str) -> Message:
         content = "".join(part["text"] for part in typed)
     if type(content) is not str:
         raise Wrong('a text, or parts {"type": "text", "text": ...}', f"{at}.content")
-    return Message(roles[role], readable(content))
+    return Message(roles[role], readable(content, f"{at}.content"))
 
 
 def prompts(most: int) -> Check:
@@ -152,7 +150,7 @@ def prompts(most: int) -> Check:
             raise Wrong(f"a text, a list of tokens, or a list of up to {most} of these")
         for i, prompt in enumerate(value):
             if type(prompt) is str:
-                readable(prompt)
+                readable(prompt, f"[{i}]")
             elif type(prompt) is not list or not all(type(token) is int for token in prompt):
                 raise Wrong("a text or a list of tokens", f"[{i}]")
             if not prompt:

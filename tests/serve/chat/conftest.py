@@ -126,7 +126,9 @@ def tokenizer() -> Bytes:
 def api(model: Decoder):
     """`tiny` in slots of its own, and the embedder `letters`."""
     slots = Slots(model, count=4, length=LENGTH * 4, pieces=(64,))
-    api = Api([LanguageModel("tiny", Engine(slots, waiting=12), Bytes()), Embedder("letters", embed, tokens=len, most=64)])
+    api = Api(
+        [LanguageModel("tiny", Engine(slots, waiting=12), Bytes()), Embedder("letters", embed, tokens=len, most=64)]
+    )
     yield api
     api.close(5)
 
