@@ -231,7 +231,7 @@ def test_the_lock_files_name_versions_and_no_place() -> None:
     for lock in sorted(file.name for file in ROOT.glob("requirements*")):
         for line in (ROOT / lock).read_text().splitlines():
             assert re.match(r"\s*#|[a-z0-9-]+==\S+( ; .*)?$", line), f"{lock}: {line}"
-            assert not re.search(r"https?:|file:|--", line), f"{lock}: {line}"
+            assert not re.search(r"https?:|file:|--(extra-)?(index|find)", line), f"{lock}: {line}"
 
 
 def test_decisions_are_numbered_short_and_say_their_title() -> None:
