@@ -19,8 +19,9 @@ from batiste.graph.errors import ArgumentError, ShapeError
 
 from .described import FILE, Described
 from .errors import BundleError, ExpiredError, GoldenError, PlatformError
+from .executables import Executables, executable_name, named_anew
 from .sealed import MAX_BYTES, read_folder
-from .signature import Signature, uncut
+from .signature import Signature, example, uncut
 from .tensors import decode
 
 WEIGHTS, GOLDEN = "weights.safetensors", "golden.safetensors"
@@ -28,13 +29,15 @@ WEIGHTS, GOLDEN = "weights.safetensors", "golden.safetensors"
 
 def load_bundle(
     path: str | os.PathLike[str], key: bytes | None = None, *, allow_unsigned: bool = False,
-    buckets: Mapping[str, Sequence[int]] | None = None, max_bytes: int = MAX_BYTES,
+    buckets: Mapping[str, Sequence[int]] | None = None, executables: str | os.PathLike[str] | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> Bundle:  # fmt: skip
     """The bundle in the folder `path`. Sizes, digests and the signature are checked before anything is parsed.
 
     Args:
         key: refuses bundles that are not signed with it; those without any signature too, unless `allow_unsigned`.
         buckets: pads open sizes to these, in place of what the bundle says.
+        executables: a folder of this user in which compiled programs are kept for the next start.
         max_bytes: refuses, before memory is taken, a larger bundle.
 
     Raises:
@@ -48,7 +51,8 @@ def load_bundle(
     wanted = {*described.programs, WEIGHTS, GOLDEN, *filter(None, [described.tokenizer])}
     if missing := sorted(wanted - set(files)):
         raise BundleError("The bundle is incomplete", at=str(path), got=f"no {', '.join(missing)}")
-    return Bundle(path, digest, described, files, buckets)
+    kept = None if executables is None else Executables(executables)
+    return Bundle(path, digest, described, files, buckets, kept)
 
 
 class Bundle:
@@ -62,16 +66,16 @@ class Bundle:
     """
 
     def __init__(
-        self, path: Path, digest: str, described: Described, files: dict[str, bytes],
-        buckets: Mapping[str, Sequence[int]] | None = None,
+        self, path: Path, digest: str, described: Described, files: dict[str, memoryview],
+        buckets: Mapping[str, Sequence[int]] | None = None, executables: Executables | None = None,
     ):  # fmt: skip
         self.path, self.digest, self.described = path, digest, described
         self.signature: Signature = described.signature
-        self.files = files
+        self.files, self.executables = files, executables
         self.buckets = self._plan(buckets)
         self._refuse_narrow()
         weights = decode(files.pop(WEIGHTS), described.weights, WEIGHTS)
-        self.weights = {name: jnp.asarray(x) for name, x in weights.items()}
+        self.weights = {name: jax.device_put(x) for name, x in weights.items()}
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()
 
@@ -117,7 +121,8 @@ class Bundle:
         room = self.room(sizes)
         program = self._program(room)
         if room == sizes:
-            return program(self.weights, inputs)
+            found = program(self.weights, inputs)
+            return {name: found[name] for name in self.signature.outputs}
         return self._cut(
             program(self.weights, {name: self._padded(name, x, room) for name, x in inputs.items()}), sizes
         )
@@ -193,15 +198,27 @@ class Bundle:
         name = next((n for n, sizes in self.described.programs.items() if sizes.items() <= room.items()), None)
         if name is None:
             raise BundleError("The bundle has no program for a size", got=dict(room))
-        weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in self.weights.items()}
-        inputs = {n: spec.at(room) for n, spec in self.signature.inputs.items()}
+        args = (
+            self.weights,
+            {n: example(spec, room, np.random.default_rng(0)) for n, spec in self.signature.inputs.items()},
+        )
+        kept = executable_name(self.digest, name, room)
+        if self.executables is not None:
+            trees = jax.tree.structure((args, {})), jax.tree.structure(dict.fromkeys(self.signature.outputs, 0))
+            found = self.executables.get(kept, *trees)
+            if found is not None:
+                return found
         try:
             exported = jax_export.deserialize(bytearray(self.files[name]))
-            return jax.jit(exported.call).lower(weights, inputs).compile()
+            jitted = jax.jit if self.executables is None else named_anew
+            compiled = jitted(exported.call).lower(*args).compile()
         except Exception as error:
             raise ExpiredError(f"This JAX cannot read the program: {str(error).strip()[:300] or type(error).__name__}",
                                at=name, got=jax.__version__, expected=self.described.environment.get("jax"),
                                fix=self._again()) from error  # fmt: skip
+        if self.executables is not None:
+            self.executables.put(kept, compiled, args)
+        return compiled
 
     def check_device(self) -> None:
         """Raises PlatformError or ExpiredError if the program cannot run on the devices that are here."""

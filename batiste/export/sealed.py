@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import mmap
 import os
 import re
 import stat
@@ -130,7 +131,7 @@ def signature(manifest: bytes, key: bytes) -> bytes:
 
 def read_folder(
     path: Path, key: bytes | None, allow_unsigned: bool, max_bytes: int = MAX_BYTES
-) -> tuple[str, dict[str, bytes]]:
+) -> tuple[str, dict[str, memoryview]]:
     """The digest of the manifest, and the bytes of every file, each as it was written. Nothing of them was parsed.
 
     Raises:
@@ -142,7 +143,7 @@ def read_folder(
     except OSError as error:
         raise BundleError(f"There is no bundle: {error.strerror}", at=str(path), fix="look at the path") from error
     try:
-        manifest = _read(folder, path, MANIFEST, None, MANIFEST_BYTES)
+        manifest = bytes(_read(folder, path, MANIFEST, None, MANIFEST_BYTES))
         if key is not None:
             _check_signature(folder, path, manifest, key, allow_unsigned)
         listed = _listed(path, manifest, max_bytes)
@@ -160,7 +161,7 @@ def _check_signature(folder: int, path: Path, manifest: bytes, key: bytes, allow
     if allow_unsigned and SIGNATURE not in os.listdir(folder):
         return
     try:
-        given = _read(folder, path, SIGNATURE, None, 64)
+        given = bytes(_read(folder, path, SIGNATURE, None, 64))
     except BundleError as error:
         raise BundleError("The bundle is not signed, and a key was given", at=str(path),
                           fix="export it with the key, or pass allow_unsigned=True") from error  # fmt: skip
@@ -196,7 +197,7 @@ def _listed(path: Path, manifest: bytes, max_bytes: int) -> dict[str, tuple[str,
     return {name: (digest, size) for name, (digest, size) in files.items()}
 
 
-def _read(folder: int, path: Path, name: str, size: int | None, most: int) -> bytes:
+def _read(folder: int, path: Path, name: str, size: int | None, most: int) -> memoryview:
     """A plain file of the folder, of this size; links, pipes and devices are refused."""
     try:
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -208,14 +209,14 @@ def _read(folder: int, path: Path, name: str, size: int | None, most: int) -> by
             raise _damaged(path / name, "this is no plain file")
         if about.st_size > most or (size is not None and about.st_size != size):
             raise _damaged(path / name, f"it has {about.st_size} bytes, not {'at most ' if size is None else ''}{most}")
-        content = bytearray(about.st_size)
-        view = memoryview(content)
+        content = mmap.mmap(-1, max(1, about.st_size))  # pages of its own: JAX takes arrays from there without a copy
+        view = memoryview(content)[: about.st_size]
         while view:
             count = os.readv(file, [view[:PIECE]])
             if not count:
                 raise _damaged(path / name, "the file ends early")
             view = view[count:]
-        return bytes(content) if size is None else content  # type: ignore[return-value]  # no copy of large files
+        return memoryview(content)[: about.st_size]
     except OSError as error:
         raise _damaged(path / name, f"the file cannot be read ({error.strerror})") from error
     finally:

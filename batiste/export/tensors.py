@@ -26,10 +26,10 @@ NAMES = {
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
+ALIGNED = 64  # what JAX asks of memory that it takes without a copy
 OTHERS = ("complex128", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz")
 DTYPES = {name: np.dtype(getattr(jnp, name, name)) for name in (*NAMES, *OTHERS)}
 NIBBLES = {"int4": np.dtype(jnp.int4), "uint4": np.dtype(jnp.uint4)}
-ALIGNED = 64
 
 
 def stored(x: Any, at: str) -> tuple[ShapeDtype, np.ndarray, str]:
@@ -71,8 +71,9 @@ def encode(arrays: Mapping[str, Any]) -> tuple[dict[str, ShapeDtype], Iterator[A
     """What the arrays are, and the pieces of the file."""
     specs: dict[str, ShapeDtype] = {}
     parts, header, offset = [], {}, 0
-    for name, x in arrays.items():
-        specs[name], part, dtype = stored(x, name)
+    found = {name: stored(x, name) for name, x in arrays.items()}
+    for name in sorted(found, key=lambda name: found[name][1].nbytes % ALIGNED != 0):  # the others keep their place
+        specs[name], part, dtype = found[name]
         header[name] = {"dtype": dtype, "shape": list(part.shape), "data_offsets": [offset, offset + part.nbytes]}
         offset += part.nbytes
         parts.append(part)

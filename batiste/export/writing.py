@@ -78,8 +78,9 @@ def export(
     (weight_specs, weight_bytes), (golden_specs, golden_bytes) = encode(made.weights), encode(pairs)
     names = ["program.bin"] if found.fallback is None else [f"program{i}.bin" for i in range(len(found.lowered))]
     first = found.lowered[0].exported
+    ordered = {name: found.outputs[name] for name in outputs or found.outputs}
     described = Described(
-        inputs=inputs, outputs={name: found.outputs[name] for name in outputs or found.outputs}, limits=limits, buckets=found.buckets, fallback=found.fallback,
+        inputs=inputs, outputs=ordered, limits=limits, buckets=found.buckets, fallback=found.fallback,
         programs={name: program.sizes for name, program in zip(names, found.lowered)}, platforms=first.platforms,
         devices=first.nr_devices, calling_convention=first.calling_convention_version, weights=weight_specs,
         golden=golden_specs, tolerance=float(tolerance),
