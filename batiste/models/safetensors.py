@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,20 +39,30 @@ def open_safetensors(path: str | Path) -> Weights:
         return _open_file(path)
     if not (path / INDEX).is_file():
         return _open_file(path / "model.safetensors")
-    index = _json((path / INDEX).read_bytes(), f"{path / INDEX}")
-    places = index.get("weight_map")
+    return index_of(path / INDEX, _open_file)
+
+
+def index_of(path: Path, open_file: Callable[[Path], Weights]) -> Weights:
+    """The tensors of all files that an index names, which lie beside it.
+
+    Raises:
+        WeightsError: it is damaged, a file is missing or lacks a tensor, or a name leads out of the folder.
+    """
+    file_size(path)
+    places = _json(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise WeightsError("the index says in which file each tensor lies", at=str(path / INDEX),
+        raise WeightsError("the index says in which file each tensor lies", at=str(path),
                            expected='{"weight_map": {"name": "file"}}')  # fmt: skip
     opened: dict[str, Weights] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name or "\\" in name:
-            raise WeightsError("the index names a file outside its folder", at=str(path / INDEX), got=repr(name),
+        if Path(name).name != name or "\\" in name or "\0" in name:
+            raise WeightsError("the index names a file outside its folder", at=str(path), got=repr(name[:80]),
                                fix="do not use this checkpoint")  # fmt: skip
-        opened[name] = _open_file(path / name)
+        opened[name] = open_file(path.parent / name)
     missing = [tensor for tensor, name in places.items() if tensor not in opened[name].tensors]
     if missing:
-        raise WeightsError("a file lacks a tensor that the index says it has", at=str(path / places[missing[0]]),
+        raise WeightsError("a file lacks a tensor that the index says it has",
+                           at=str(path.parent / places[missing[0]]),
                            got=f"no {missing[0]!r}, and {len(missing) - 1} others",
                            fix="fetch the file again")  # fmt: skip
     return Weights({tensor: opened[name].tensors[tensor] for tensor, name in places.items()}, {})
@@ -103,12 +113,23 @@ def _tensor(path: Path, name: str, entry: Any, start: int, room: int) -> Tensor:
 
 def _json(text: bytes, at: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise WeightsError("the header is no JSON", at=at, got=str(error)[:80], fix="fetch the file again") from None
     if not isinstance(found, dict):
         raise WeightsError("the header is no JSON object", at=at, got=type(found).__name__)
     return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 # ---------------------------------------------------------------- writing

@@ -1,31 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of published decoders: which of our values is which of theirs, as tables; loading and saving.
-
-`{}` in a name is the number of the block; ours stand in one stacked array. Theirs are matrices [out, in], ours kernels
-[in, *out], so a kernel is their matrix transposed and reshaped.
-"""
+"""The weights of published decoders: which of our values is which of theirs, as tables; loading and saving."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-
-from batiste.graph import Param, Rngs, Variable, iter_graph
-from batiste.sharding import current_plan
 
 from .configs import DecoderConfig
 from .decoder import Decoder
-from .gguf import open_gguf
-from .safetensors import Spec, open_safetensors, write_safetensors
+from .files import open_weights, read_json
+from .mapping import Table, load, save
 from .tensors import Weights, WeightsError
 
 HUGGING_FACE = {
@@ -58,6 +48,9 @@ GGUF = {
 } | {"norm/scale": "output_norm.weight"}  # fmt: skip
 """Our path -> the name in GGUF files."""
 
+LLAMA = Table(HUGGING_FACE, ignored=("*.rotary_emb.inv_freq",))
+LLAMA_GGUF = Table(GGUF, ignored=("rope_freqs.weight",))
+
 # our setting -> Hugging Face's in config.json
 SETTINGS = {
     "vocab": "vocab_size", "features": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -79,10 +72,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> Decoder:
-    """A decoder with the weights of a folder (safetensors and `config.json`), a safetensors file, or a GGUF file.
+    """A decoder with the weights of a folder (safetensors and `config.json`), of one file, or of a GGUF file.
 
-    Each value goes to its device as soon as it is read: the host holds one parameter (of all blocks) at a time. Where a
-    plan is in use (`sharding.use`), each is sent to its place.
+    See `mapping.load` for how values travel.
 
     Args:
         config: what the model is; read from the files if left out, which a single safetensors file does not say.
@@ -92,26 +84,18 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
     path = Path(path)
-    is_gguf = path.suffix == ".gguf"
-    weights = open_gguf(path) if is_gguf else open_safetensors(path)
+    weights = open_weights(path)
+    is_gguf = "general.architecture" in weights.about
     config = config or (config_of_gguf(weights, path) if is_gguf else config_of(path))
-    names = GGUF if is_gguf else HUGGING_FACE
-    model = jax.eval_shape(lambda: Decoder(config, rngs=Rngs(0)))
-    _check(model, weights, names, path)
-    interleaved = is_gguf and weights.about.get("general.architecture") == "llama"
-    plan = current_plan()
-    for place, variable in _parameters(model):
-        value = np.empty(variable.shape, np.dtype(dtype))
-        for name, target in _parts(names[place], value):
-            found = weights.tensors[name].read()
-            found = halves(found, config.depth) if interleaved and place.startswith(TURNED) else found
-            target[...] = (found.T if place.endswith("/kernel") else found).reshape(target.shape)
-        if plan is None:
-            variable.set_value(jnp.asarray(value))
-        else:
-            spec = plan.place_of(tuple(place.split("/")), variable).spec
-            variable.set_value(jax.device_put(value, NamedSharding(plan.mesh, spec)))
-    return model
+    table = LLAMA_GGUF if is_gguf else LLAMA
+    if config.tied:
+        table = dataclasses.replace(table, ignored=(*table.ignored, "lm_head.weight", "output.weight"))
+    interleaved = weights.about.get("general.architecture") == "llama"
+
+    def turned(place: str, tensor: np.ndarray) -> np.ndarray:
+        return halves(tensor, config.depth) if interleaved and place.startswith(TURNED) else tensor
+
+    return load(lambda rngs: Decoder(config, rngs=rngs), weights, table, path, dtype=dtype, turn=turned)
 
 
 def save_decoder(model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None,
@@ -119,22 +103,14 @@ def save_decoder(model: Decoder, folder: str | Path, *, dtype: DTypeLike | None 
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files.
 
     Args:
-        dtype: of the values in the files; that of each parameter if left out.
-        shard_bytes: a larger model is written to several files, with an index.
+        dtype, shard_bytes: see `mapping.save`.
 
     Raises:
         WeightsError: the model has what those names cannot say (parallel blocks, no gate).
     """
-    folder, places = Path(folder), _parameters(model)
     about = settings_of(model.config)
-    specs, sources = [], []
-    for place, variable in places:
-        for i, (name, part) in enumerate(_parts(HUGGING_FACE[place], np.empty(variable.shape, np.bool_))):
-            specs.append(Spec(name, _theirs(part, place).shape, np.dtype(dtype or variable.dtype)))
-            sources.append((place, variable, i if "{}" in HUGGING_FACE[place] else ...))
-    values = (_theirs(np.asarray(variable[...][i]), place) for place, variable, i in sources)
-    files = write_safetensors(folder, specs, values, shard_bytes)
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    files = save(model, LLAMA, folder, dtype=dtype, shard_bytes=shard_bytes)
+    (Path(folder) / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     return files
 
 
@@ -146,12 +122,7 @@ def config_of(folder: Path) -> DecoderConfig:
         WeightsError: there is none, or it is that of another architecture.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError("the files do not say what the model is", at=str(path), fix="pass config=DecoderConfig(...)")
-    try:
-        about = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError("this is no JSON", at=str(path), got=str(error)[:80]) from None
+    about = read_json(path)
     kind = about.get("model_type")
     found = {ours: about[theirs] for ours, theirs in SETTINGS.items() if theirs in about}
     if about.get("use_sliding_window") is False:
@@ -212,50 +183,3 @@ def halves(matrix: np.ndarray, depth: int) -> np.ndarray:
     """
     pairs = matrix.reshape(-1, depth // 2, 2, *matrix.shape[1:])
     return pairs.swapaxes(1, 2).reshape(matrix.shape)
-
-
-def _parameters(model: Decoder) -> list[tuple[str, Variable]]:
-    return [("/".join(map(str, path)), x) for path, x in iter_graph(model) if isinstance(x, Param)]
-
-
-def _parts(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Their name of each part of one of our values, and the part."""
-    if "{}" not in name:
-        return iter([(name, value)])
-    return ((name.format(i), part) for i, part in enumerate(value))
-
-
-def _theirs(value: np.ndarray, place: str) -> np.ndarray:
-    """A kernel [in, out], [in, H, C] or [H, C, out] as a matrix [out, in]; a bias [H, C] as a vector."""
-    if place.endswith("/bias"):
-        return value.reshape(-1)
-    if not place.endswith("/kernel"):
-        return value
-    inputs = 2 if place.endswith("attn/out/kernel") else 1
-    return value.reshape(math.prod(value.shape[:inputs]), -1).T
-
-
-def _check(model: Decoder, weights: Weights, names: Mapping[str, str], path: Path) -> None:
-    """Every parameter has its tensor of the right size, and every tensor its parameter.
-
-    Raises:
-        WeightsError: names the first that has not.
-    """
-    left = set(weights.tensors)
-    for place, variable in _parameters(model):
-        nothing = np.broadcast_to(np.bool_(False), variable.shape)  # of that shape, without its memory
-        for name, part in _parts(names[place], nothing):
-            found = weights.tensors.get(name)
-            if found is None:
-                raise WeightsError("the files lack a tensor of the model", at=f"{path}: {name}",
-                                   fix="check the configuration, and that all files are there")  # fmt: skip
-            left.discard(name)
-            wanted = _theirs(part, place).shape
-            if found.shape != wanted:
-                raise WeightsError("a tensor is of another model", at=f"{path}: {name}", got=found.shape,
-                                   expected=wanted, fix="check the configuration")  # fmt: skip
-    tied = {"lm_head.weight", "output.weight"} if model.head is None else set()
-    left = {name for name in left - tied if not name.endswith("rotary_emb.inv_freq")}
-    if left:
-        raise WeightsError("the files hold what the model has not", at=f"{path}: {min(left)}",
-                           got=f"{len(left)} tensors more", fix="check the configuration")  # fmt: skip
