@@ -12,8 +12,8 @@ EACH, END = "{% for message in messages %}", "{% endfor %}{% if add_generation_p
 SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PUBLISHED = {
     "smollm2": EACH + "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SMOL
-    + "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    + END + "{{ '<|im_start|>assistant\n' }}{% endif %}",
+    + "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n'"
+    " + message['content'] + '<|im_end|>' + '\n'}}" + END + "{{ '<|im_start|>assistant\n' }}{% endif %}",
     "chatml": EACH + "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     + END + "{{ '<|im_start|>assistant\n' }}{% endif %}",
     "llama3": EACH + "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
