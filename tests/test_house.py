@@ -162,6 +162,7 @@ IMPORTED_WHEN_USED = {
     "batiste.__main__": "the command line",
     "batiste.cli": "the command that was asked for",
     "batiste.core": "its names",
+    "batiste.export.again": "the function that makes a bundle's model, which the user or a signature vouches for",
     "batiste.nnx": "its names",
     "batiste.nnx.variablelib": "hijax Variables",
     "batiste.graph.variable": "hijax Variables, which rest on experimental parts of JAX",

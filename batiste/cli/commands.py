@@ -55,6 +55,31 @@ def of_evaluate(parser: ArgumentParser) -> None:
     parser.add_argument("--from", dest="checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
 
 
+def of_key(parser: ArgumentParser) -> None:
+    parser.add_argument("--key-file", metavar="FILE", help="the key that bundles are signed with, as bytes of a file")
+
+
+def of_export(parser: ArgumentParser) -> None:
+    of_program(parser)
+    of_key(parser)
+    parser.add_argument("--out", metavar="BUNDLE", help="the folder to write")
+    parser.add_argument("--from", dest="checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+
+
+def of_verify(parser: ArgumentParser) -> None:
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="the folder that export wrote")
+    parser.add_argument("--allow-unsigned", action="store_true", help="with a key, take unsigned bundles too")
+    of_key(parser)
+
+
+def of_reexport(parser: ArgumentParser) -> None:
+    of_verify(parser)
+    parser.add_argument("--out", metavar="BUNDLE", help="the folder to write")
+    parser.add_argument(
+        "--builder", metavar="MODULE:FUNCTION", help="what makes the model, if not what a signature names"
+    )
+
+
 def of_compare(parser: ArgumentParser) -> None:
     of_program(parser)
     parser.add_argument("before", nargs="?", metavar="BEFORE", help="a checkpoint, or the folder of a run")
@@ -66,5 +91,8 @@ COMMANDS = {
     "train": Command("train a model, evaluate it, check thresholds", of_train, "batiste.cli.train:run"),
     "evaluate": Command("measure a model on held-out data, check thresholds", of_evaluate, "batiste.cli.evaluate:run"),
     "compare": Command("what got better and worse between two checkpoints", of_compare, "batiste.cli.compare:run"),
+    "export": Command("write the model as a bundle that runs without its code", of_export, "batiste.cli.export:export"),
+    "verify": Command("check a bundle: digests, signature, golden outputs", of_verify, "batiste.cli.export:verify"),
+    "reexport": Command("write a bundle anew for this JAX", of_reexport, "batiste.cli.export:reexport"),
     "inspect": Command("tables of a model: parts, parameters, places, dtypes", of_program, "batiste.cli.inspect:run"),
 }

@@ -34,6 +34,7 @@ class Experiment:
         hooks: if not progress, `metrics.jsonl` and an evaluation after each epoch.
         example: the arguments of a call of the model, for `inspect`; if not, the inputs of the first batch.
         plan, policy: by which the model is placed and computed; explained by `inspect`.
+        export: of the model, the arguments of `batiste.export.export` but the path, such as `{"signature": {…}}`.
     """
 
     state: Any = None
@@ -53,6 +54,7 @@ class Experiment:
     example: Any = None
     plan: Plan | None = None
     policy: Policy | str | None = None
+    export: Callable[[Any], Mapping[str, Any]] | None = None
 
     @property
     def model(self) -> Any:

@@ -8,6 +8,7 @@ bundle(x=x)["output"]
 
 from __future__ import annotations
 
+from .again import reexport
 from .bundle import Bundle, load_bundle
 from .errors import BundleError, ExpiredError, ExportError, GoldenError, PlatformError
 from .signature import ShapeDtype, Signature
@@ -16,6 +17,7 @@ from .writing import export
 __all__ = [
     "export",
     "load_bundle",
+    "reexport",
     "Bundle",
     "Signature",
     "ShapeDtype",

@@ -45,6 +45,7 @@ class Described:
     preprocess: str | None
     postprocess: str | None
     about: dict[str, Any]
+    method: str | None
     fixed: dict[str, Any]
     builder: str | None
     config: dict[str, Any]
@@ -182,6 +183,6 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "buckets": _plan, "fallback": _maybe_text, "programs": _programs, "platforms": _strings, "devices": _of(int),
     "calling_convention": _of(int), "weights": _specs(closed=True), "golden": _specs(closed=True),
     "tolerance": _of(float), "tokenizer": _maybe_text, "labels": lambda x: None if x is None else _strings(x),
-    "preprocess": _maybe_text, "postprocess": _maybe_text, "about": _of(dict), "fixed": _of(dict),
-    "builder": _maybe_text, "config": _of(dict), "environment": _of(dict),
+    "preprocess": _maybe_text, "postprocess": _maybe_text, "about": _of(dict), "method": _maybe_text,
+    "fixed": _of(dict), "builder": _maybe_text, "config": _of(dict), "environment": _of(dict),
 }  # fmt: skip

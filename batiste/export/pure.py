@@ -53,29 +53,40 @@ class Pure(NamedTuple):
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.weights.items()}
 
 
+def method_of(model: Any, method: str | None) -> str | None:
+    """The name of the method that is exported: that of a bound method, if no other is asked for."""
+    return model.__name__ if inspect.ismethod(model) and is_graph_node(model.__self__) else method
+
+
 def pure(model: Any, weights: Any, method: str | None, fixed: Mapping[str, Any], outputs: Sequence[str] | None) -> Pure:
     """The function of a live object, of a Linen module with variables, or of a function with a tree of weights.
 
     Raises:
         ArgumentError: the model is none of them.
     """
-    if inspect.ismethod(model) and is_graph_node(model.__self__):
-        model, method = model.__self__, model.__name__
+    method = method_of(model, method)
+    model = model.__self__ if inspect.ismethod(model) and is_graph_node(model.__self__) else model
     if isinstance(model, linen.Module):
         found = _of_linen(model, weights, method, fixed)
-    elif is_graph_node(model) and not isinstance(model, State):
+    elif _is_object(model):
         if weights is not None:
             raise ArgumentError("An object holds its weights itself", got="weights=", fix="leave weights out")
-        found = _of_object(model, method or "__call__", fixed)
-    elif callable(model):
-        found = _of_function(model, weights, fixed)
-    else:
+        found = _of_object(model, lambda live, **inputs: getattr(live, method or "__call__")(**inputs), fixed)
+    elif not callable(model):
         raise ArgumentError("This is no model", got=type(model).__name__,
                             expected="a module, a Linen module with weights=, or a function")  # fmt: skip
+    elif _is_object(weights):
+        found = _of_object(weights, model, fixed)
+    else:
+        found = _of_function(model, weights, fixed)
     return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
 
 
-def _of_object(model: Any, method: str, fixed: Mapping[str, Any]) -> Pure:
+def _is_object(x: Any) -> bool:
+    return is_graph_node(x) and not isinstance(x, State)
+
+
+def _of_object(model: Any, call: Callable[..., Any], fixed: Mapping[str, Any]) -> Pure:
     graph, values = split(model)
     flat: list[tuple[Any, Any]] = list(to_flat_state(values))
     trees = {"/".join(map(str, path)): _value(leaf) for path, leaf in flat}
@@ -86,7 +97,7 @@ def _of_object(model: Any, method: str, fixed: Mapping[str, Any]) -> Pure:
         pairs = [(path, leaf.replace(x) if isinstance(leaf, Variable) else x)
                  for (path, leaf), x in zip(flat, new.values())]  # fmt: skip
         live = merge(graph, from_flat_state(pairs))
-        output = getattr(live, method)(**inputs, **fixed)
+        output = call(live, **inputs, **fixed)
         _refuse_writes(new, live)
         return output
 

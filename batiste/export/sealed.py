@@ -53,8 +53,7 @@ def write_folder(fs: Fs, path: Path, files: Mapping[str, Content], key: bytes | 
         SaveError: the path is taken, or the operating system refused something; nothing is left behind.
     """
     path = Path(os.path.abspath(path))
-    if os.path.lexists(path):
-        raise SaveError("There is something already", at=str(path), fix="export to another path, or remove it first")
+    refuse_taken(path)
     part = path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}{UNFINISHED}")
     with typed(path, "write the bundle"):
         make_folders(fs, path.parent)
@@ -75,6 +74,12 @@ def write_folder(fs: Fs, path: Path, files: Mapping[str, Content], key: bytes | 
             raise
         fs.sync_folder(path.parent)
     return checked
+
+
+def refuse_taken(path: Path) -> None:
+    """Raises SaveError if something has this name: a bundle is never written over."""
+    if os.path.lexists(path):
+        raise SaveError("There is something already", at=str(path), fix="export to another path, or remove it first")
 
 
 def _write(fs: Fs, path: Path, content: Content) -> tuple[str, int]:

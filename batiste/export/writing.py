@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ import numpy as np
 
 from batiste.checkpoint.files import Fs
 
-from .bundle import GOLDEN, WEIGHTS, Bundle, load_bundle, plain
+from .bundle import GOLDEN, WEIGHTS, Bundle, compare, load_bundle, plain
 from .described import FILE, Described, environment
 from .errors import ExportError, PlatformError
 from .lowering import PLATFORMS, Programs, programs
-from .pure import Pure, pure
-from .sealed import write_folder
+from .pure import Pure, method_of, pure
+from .sealed import refuse_taken, write_folder
 from .signature import ShapeDtype, Signature, example, example_sizes, open_sizes
 from .tensors import encode
 
@@ -69,34 +70,65 @@ def export(
         SaveError: the path is taken, or the operating system refused something.
     """
     inputs = {name: ShapeDtype.of(given, f"input {name}") for name, given in signature.items()}
-    limits = dict(limits or {})
-    whole = pure(model, weights, method, fixed or {}, outputs)
-    made, found = programs(whole, inputs, limits=limits, buckets=buckets or {}, platforms=platforms)
-    given = golden_inputs(inputs, found, limits, golden)
-    expected = golden_outputs(made, given)
-    pairs = {**{f"inputs/{name}": x for name, x in given.items()}, **{f"outputs/{k}": x for k, x in expected.items()}}
-    (weight_specs, weight_bytes), (golden_specs, golden_bytes) = encode(made.weights), encode(pairs)
-    names = ["program.bin"] if found.fallback is None else [f"program{i}.bin" for i in range(len(found.lowered))]
-    first = found.lowered[0].exported
-    ordered = {name: found.outputs[name] for name in outputs or found.outputs}
-    described = Described(
-        inputs=inputs, outputs=ordered, limits=limits, buckets=found.buckets, fallback=found.fallback,
-        programs={name: program.sizes for name, program in zip(names, found.lowered)}, platforms=first.platforms,
-        devices=first.nr_devices, calling_convention=first.calling_convention_version, weights=weight_specs,
-        golden=golden_specs, tolerance=float(tolerance),
-        tokenizer=None if tokenizer is None else "tokenizer" + Path(tokenizer).suffix,
-        labels=None if labels is None else tuple(map(str, labels)), preprocess=preprocess, postprocess=postprocess,
-        about=dict(about or {}), fixed=dict(fixed or {}) if builder else {}, builder=builder, config=dict(config or {}),
-        environment=environment(),
+    written = Written(
+        model=pure(model, weights, method, fixed or {}, outputs), inputs=inputs, order=outputs,
+        limits=dict(limits or {}), buckets=buckets or {}, platforms=platforms, golden=golden,
+        tolerance=float(tolerance),
+        tokenizer=None if tokenizer is None else ("tokenizer" + Path(tokenizer).suffix, Path(tokenizer).read_bytes()),
+        said={
+            "labels": None if labels is None else tuple(map(str, labels)), "preprocess": preprocess,
+            "postprocess": postprocess, "about": dict(about or {}), "builder": builder, "config": dict(config or {}),
+            "method": method_of(model, method) if builder else None, "fixed": dict(fixed or {}) if builder else {},
+        },
     )  # fmt: skip
-    files: dict[str, Any] = {FILE: [described.text()]}
-    files.update((name, [program.exported.serialize()]) for name, program in zip(names, found.lowered))
-    files.update({WEIGHTS: weight_bytes, GOLDEN: golden_bytes})
-    if described.tokenizer is not None and tokenizer is not None:
-        files[described.tokenizer] = [Path(tokenizer).read_bytes()]
-    bundle = write_folder(fs, Path(path), files, key, lambda part: _verified(part, key))
-    bundle.path = Path(path)
-    return bundle
+    return written.to(Path(path), key, fs)
+
+
+@dataclasses.dataclass
+class Written:
+    """All that goes into a bundle, before it is lowered."""
+
+    model: Pure
+    inputs: dict[str, ShapeDtype]
+    order: Sequence[str] | None
+    limits: dict[str, int]
+    buckets: Mapping[str, Sequence[int]]
+    platforms: Sequence[str]
+    golden: Mapping[str, Any] | None
+    tolerance: float
+    tokenizer: tuple[str, Any] | None
+    said: dict[str, Any]
+
+    def to(self, path: Path, key: bytes | None, fs: Fs, expected: Mapping[str, Any] | None = None) -> Bundle:
+        """Writes the bundle; `expected` are the golden outputs that the model must give already."""
+        refuse_taken(path)
+        model, found = programs(
+            self.model, self.inputs, limits=self.limits, buckets=self.buckets, platforms=self.platforms
+        )
+        given = golden_inputs(self.inputs, found, self.limits, self.golden)
+        outputs = golden_outputs(model, given)
+        for name, x in (expected or {}).items():
+            compare(name, plain(outputs[name]), plain(x), self.tolerance)
+        golden = {f"inputs/{name}": x for name, x in given.items()} | {
+            f"outputs/{name}": x for name, x in outputs.items()
+        }
+        (weight_specs, weight_bytes), (golden_specs, golden_bytes) = encode(model.weights), encode(golden)
+        names = ["program.bin"] if found.fallback is None else [f"program{i}.bin" for i in range(len(found.lowered))]
+        first = found.lowered[0].exported
+        described = Described(
+            inputs=self.inputs, outputs={name: found.outputs[name] for name in self.order or found.outputs},
+            limits=self.limits, buckets=found.buckets, fallback=found.fallback,
+            programs={name: program.sizes for name, program in zip(names, found.lowered)}, platforms=first.platforms,
+            devices=first.nr_devices, calling_convention=first.calling_convention_version, weights=weight_specs,
+            golden=golden_specs, tolerance=self.tolerance, environment=environment(),
+            tokenizer=self.tokenizer and self.tokenizer[0], **self.said,
+        )  # fmt: skip
+        files: dict[str, Any] = {FILE: [described.text()], WEIGHTS: weight_bytes, GOLDEN: golden_bytes}
+        files.update((name, [program.exported.serialize()]) for name, program in zip(names, found.lowered))
+        files.update({name: [content] for name, content in filter(None, [self.tokenizer])})
+        bundle = write_folder(fs, path, files, key, lambda part: _verified(part, key))
+        bundle.path = path
+        return bundle
 
 
 def _verified(folder: Path, key: bytes | None) -> Bundle:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long until a server is ready, cold and when it starts again with the executables of its first start?
+
+Each start is a process of its own: import, load the bundle (every byte is hashed), compile all buckets, one answer.
+A decoder with the sizes of SmolLM2-135M (a loop over its layers), and an encoder whose 24 layers are all written out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+BEGAN = time.perf_counter()
+
+LENGTHS = (16, 32, 64, 128)
+
+
+def start(folder: str, executables: str) -> None:
+    """What a server does before it is ready; prints the seconds of each part."""
+    import jax
+    import numpy as np
+
+    from batiste.export import load_bundle
+
+    imported = time.perf_counter()
+    bundle = load_bundle(folder, executables=executables)
+    loaded = time.perf_counter()
+    bundle.compile()
+    compiled = time.perf_counter()
+    jax.block_until_ready(bundle(tokens=np.ones((1, 16), np.int32)))
+    ready = time.perf_counter()
+    parts = {"import": imported - BEGAN, "load": loaded - imported, "compile": compiled - loaded}
+    print(json.dumps({**parts, "answer": ready - compiled, "ready": ready - BEGAN}))
+
+
+def models(small: bool) -> dict[str, Any]:
+    from batiste import nn
+    from batiste.graph import List, Module, Rngs
+    from batiste.models import DECODERS, Decoder
+
+    width, layers = (64, 2) if small else (384, 24)
+
+    class Block(Module):
+        def __init__(self, rngs: Rngs):
+            self.first, self.second = (nn.LayerNorm(width, rngs=rngs) for _ in range(2))
+            self.attention = nn.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+            self.up, self.down = nn.Linear(width, 4 * width, rngs=rngs), nn.Linear(4 * width, width, rngs=rngs)
+
+        def __call__(self, x, seen):
+            x = x + self.attention(self.first(x), mask=seen[:, None, None, :])
+            return x + self.down(nn.gelu(self.up(self.second(x))))
+
+    class Encoder(Module):
+        def __init__(self, rngs: Rngs):
+            self.embed = nn.Embed(1000, width, rngs=rngs)
+            self.blocks = List([Block(rngs) for _ in range(layers)])
+
+        def __call__(self, tokens):
+            x, seen = self.embed(tokens), tokens > 0
+            for block in self.blocks:
+                x = block(x, seen)
+            return x.mean(axis=1, where=seen[..., None])
+
+    class Language(Module):
+        def __init__(self, rngs: Rngs):
+            self.decoder = Decoder(DECODERS["tiny" if small else "smollm2-135m"], rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.decoder(tokens)
+
+    return {"decoder": Language(Rngs(0)), f"encoder of {layers} layers": Encoder(Rngs(0))}
+
+
+def write(folder: Path, model: Any, vocab: int) -> None:
+    from batiste.export import export
+
+    export(model, {"tokens": f"int32[1, length] < {vocab}"}, folder, buckets={"length": LENGTHS}, tolerance=1e-4)
+
+
+def started(folder: Path, executables: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--start", str(folder), str(executables)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help="tiny models, one start")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.start:
+        start(*args.start)
+        return
+    from measure import machine, print_table
+
+    rows = []
+    for name, model in models(args.small).items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "bundle"
+            write(folder, model, 256)
+            del model
+            found = []
+            for n in range(1 if args.small else args.rounds):
+                kept = Path(place) / f"kept{n}"
+                found.append((started(folder, kept), started(folder, kept)))
+            middle = [{key: statistics.median(pair[i][key] for pair in found) for key in found[0][0]} for i in (0, 1)]
+            for kind, seconds in zip(("cold", "again"), middle):
+                rows.append([f"{name}, {kind}", *(f"{x:.2f} s" for x in seconds.values())])
+            rows.append(["again / cold", *(f"{middle[1][key] / middle[0][key]:.0%}" for key in middle[0])])
+    print(machine())
+    print_table(["", "import", "load", f"compile {len(LENGTHS)} sizes", "answer", "ready"], rows)
+
+
+if __name__ == "__main__":
+    main()
