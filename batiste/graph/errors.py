@@ -9,6 +9,10 @@ BatisteError
 ├── AutodiffError, MissingRuleError                                     (ArgumentErrors, also TypeError)
 ├── TraceContextError, CapturedError                                    (the latter also ValueError)
 └── ImmutableVariableError
+
+BatisteWarning                                                          (also UserWarning)
+├── LostUpdateWarning, StaleCaptureWarning, SharedRandomnessWarning, UntiedWarning
+└── StateMismatchWarning
 """
 
 from __future__ import annotations
@@ -16,11 +20,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .callers import user_place
+
 _locators: list[Any] = []  # filled by `walk`: finds a module's path in the model that is running
 
 
 class BatisteError(Exception):
     """Base of every error that the library raises on its own account.
+
+    A traceback ends with a note of the user's line and of the transforms around it; the text, which may go to
+    strangers, names no file.
 
     Args:
         problem: one sentence that says what happened.
@@ -36,6 +45,8 @@ class BatisteError(Exception):
         self.problem, self.got, self.expected, self.fix = problem, got, expected, fix
         self.path = locate(at)
         super().__init__(self._text())
+        if place := user_place():
+            self.add_note(f"  In: {place}")
 
     def _text(self) -> str:
         text = self.problem
@@ -129,6 +140,10 @@ class CapturedError(TraceContextError, ValueError):
 
 class ImmutableVariableError(BatisteError):
     """A Variable that may only be read was written."""
+
+
+class BatisteWarning(UserWarning):
+    """Base of the warnings about programs that run, and most likely do something else than was meant."""
 
 
 def locate(at: Any) -> str:

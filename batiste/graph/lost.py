@@ -7,8 +7,11 @@ import warnings
 import weakref
 from typing import Any
 
+from .callers import user_place
+from .errors import BatisteWarning
 
-class LostUpdateWarning(UserWarning):
+
+class LostUpdateWarning(BatisteWarning):
     """A Variable was written inside a foreign transform and never came back."""
 
 
@@ -40,15 +43,16 @@ def written_far_from_home(variable: Any) -> None:
     """Begins to watch a copy that is written: if it ends before it is delivered, the update is lost."""
     home = variable._home
     if home.finalizer is None:
-        home.finalizer = weakref.finalize(variable, _warn_lost, type(variable).__name__, home.path())
+        home.finalizer = weakref.finalize(variable, _warn_lost, type(variable).__name__, home.path(), user_place())
         home.finalizer.atexit = False
 
 
-def _warn_lost(kind: str, path: str) -> None:
+def _warn_lost(kind: str, path: str, place: str) -> None:
     warnings.warn(
         f"an update of the {kind} at '{path}' was lost: it was written inside a plain JAX transform that got the "
         "module as a pytree and did not return it.\n  Fix: return the module (or its state) from the function, "
-        "or use the transform of the same name in batiste.nnx, which writes updates back.",
+        "or use the transform of the same name in batiste.nnx, which writes updates back."
+        + (f"\n  In: {place}" if place else ""),
         LostUpdateWarning,
         stacklevel=2,
     )
