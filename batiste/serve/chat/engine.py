@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import threading
@@ -24,7 +25,7 @@ import numpy as np
 from batiste.graph.errors import ArgumentError, BatisteError
 
 from .queue import Waiting
-from .sampling import Sampling
+from .sampling import Drawn, Sampling
 from .slots import Slots
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,6 @@ class Job:
     client: str = ""
     deadline: float = math.inf
     cancelled: bool = False
-    _parts: list[Sequence[int]] = dataclasses.field(default_factory=list)
-    _given: int = 0
-    _began: float = 0.0
 
     @property
     def length(self) -> int:
@@ -156,14 +154,14 @@ class Engine:
     @property
     def stalled(self) -> float:
         """For how many seconds a round has been going on: far above what a step takes, the device hangs."""
-        return time.monotonic() - self._beat if any(group.busy for group in self._groups) else 0.0
+        return time.monotonic() - self._beat if self._busy() else 0.0
 
     @property
     def figures(self) -> Figures:
         with self._changed:
             return Figures(
                 self._tokens, self._steps, dict(self._ended), self._refused, len(self._waiting),
-                sum(group.busy for group in self._groups), self.size,
+                self._busy(), self.size,
                 sum(group.slots.programs for group in self._groups), self._wait(),
             )  # fmt: skip
 
@@ -185,7 +183,7 @@ class Engine:
             if not self._open:
                 self._refused += len(jobs)
                 raise Refused("The engine is closing down", after=5, busy=False)
-            wait, free = self._wait(), self.size - sum(group.busy for group in self._groups)
+            wait, free = self._wait(), self.size - self._busy()
             now = time.monotonic()
             crowded = len(self._waiting) + len(jobs) > self._most_waiting + max(free, 0)
             if crowded or any(now + wait > job.deadline for job in jobs):
@@ -218,17 +216,18 @@ class Engine:
 
     def _pending(self) -> int:
         with self._changed:
-            return len(self._waiting) + sum(group.busy for group in self._groups)
+            return len(self._waiting) + self._busy()
 
     def _wait(self) -> float:
         """Seconds until one more job would get a slot, judged by how long jobs held theirs of late."""
-        ahead = len(self._waiting) + sum(group.busy for group in self._groups) - self.size + 1
+        ahead = len(self._waiting) + self._busy() - self.size + 1
         return max(ahead, 0) * self._service / self.size
 
+    # ------------------------------------------------------------ the thread
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: not self._running or self._waiting or self._any_busy())
+                self._changed.wait_for(lambda: not self._running or self._waiting or self._busy())
                 if not self._running:
                     break
             self._beat = time.monotonic()
@@ -239,123 +238,129 @@ class Engine:
                     self._advance(group)
                 except Exception:
                     log.exception("a program failed: the jobs in its slots are given up")
-                    for slot in group.held():
+                    for slot in group.held:
                         self._free(group, slot, "failed")
-                    group.slots.clear()
+                    group.lost = True
         for group in self._groups:
-            for slot in group.held():
+            for slot in group.held:
                 self._free(group, slot, "closed")
         for job in self._waiting.take(lambda job: True):
             self._told(job, "closed")
 
-    def _any_busy(self) -> bool:
-        return any(group.busy for group in self._groups)
+    def _busy(self) -> int:
+        return sum(group.busy for group in self._groups)
 
     def _leave(self) -> None:
         """Those whom nobody waits for any more."""
         now = time.monotonic()
+        over = lambda job: job.cancelled or job.deadline < now
         with self._changed:
-            gone = self._waiting.take(lambda job: job.cancelled or job.deadline < now)
+            gone = self._waiting.take(over)
         for job in gone:
             self._told(job, "cancelled" if job.cancelled else "late")
         for group in self._groups:
-            for slot in group.held():
-                job = group.job(slot)
-                if job.cancelled or job.deadline < now:
-                    self._free(group, slot, "cancelled" if job.cancelled else "late")
+            for slot, held in group.held.items():
+                if over(held.job):
+                    self._free(group, slot, "cancelled" if held.job.cancelled else "late")
 
     def _admit(self) -> None:
         longest = 0
         for group in self._groups:
-            for slot in group.free():
-                fits = lambda job, least=longest, most=group.slots.length: least < job.length <= most
+            fits = lambda job, least=longest, most=group.slots.length: least < job.length <= most
+            for slot in group.free:
                 with self._changed:
                     job = self._waiting.pop(fits)
-                    if job is None:
-                        break
-                    group.jobs[slot] = job
-                job._began, job._parts = time.monotonic(), group.slots.parts(job.prompt)
-                group.fresh.append(slot)
+                    if job is not None:
+                        group.by_slot[slot] = _Held(job, time.monotonic())
             longest = group.slots.length
 
     def _advance(self, group: _Group) -> None:
-        """Reads pieces of prompts, and takes a step."""
+        """Reads pieces of prompts, the oldest first, and takes a step."""
         slots = group.slots
-        while group.fresh:
-            slot = group.fresh.pop()
-            job = group.job(slot)
-            slots.insert(slot, job.prompt, job.sampling, job.bias)
-        reading = [slot for slot in group.held() if group.job(slot)._parts]
+        if group.lost:
+            slots.clear()
+            group.lost = False
+        for slot, held in group.held.items():
+            if held.parts is None:
+                slots.insert(slot, held.job.prompt, held.job.sampling, held.job.bias)
+                held.parts = slots.parts(held.job.prompt)
+        reading = sorted((held.began, slot) for slot, held in group.held.items() if held.parts)
         answering = group.busy - len(reading)
-        for _ in range(max(1, len(reading) - answering)):
-            slot = min(reading, key=lambda slot: group.job(slot)._began, default=None)
-            if slot is None:
-                break
-            job = group.job(slot)
-            slots.fill(slot, job._parts.pop(0))
-            reading = [slot for slot in reading if group.job(slot)._parts]
+        parts = ((slot, part) for _, slot in reading for part in tuple(group.held[slot].parts or ()))
+        for slot, part in itertools.islice(parts, max(1, len(reading) - answering)):
+            slots.fill(slot, part)
+            group.held[slot].read()
         live = np.zeros(slots.count, bool)
-        live[[slot for slot in group.held() if not group.job(slot)._parts]] = True
+        live[[slot for slot, held in group.held.items() if not held.parts]] = True
         if live.any():
             out = slots.step(live)
             self._steps += 1
-            for slot in np.flatnonzero(live):
-                self._give(group, int(slot), out)
+            for slot in np.flatnonzero(live).tolist():
+                self._give(group, slot, out)
 
-    def _give(self, group: _Group, slot: int, out) -> None:
+    def _give(self, group: _Group, slot: int, out: Drawn) -> None:
         """Hands a job its token; where a job's own functions fail, it fails alone."""
-        job = group.job(slot)
+        held = group.held[slot]
         if not out.sound[slot]:
             return self._free(group, slot, "unsound")
         token = Token(int(out.token[slot]))
-        if job.sampling.logprobs:
+        if held.job.sampling.logprobs:
             likeliest = zip(out.likeliest[slot].tolist(), out.likeliest_logprob[slot].tolist())
             token = Token(token.token, float(out.logprob[slot]), tuple(likeliest))
-        job._given += 1
+        held.given += 1
         self._tokens += 1
         try:
-            over = job.take(token)
+            over = held.job.take(token)
         except Exception:
             log.exception("the reader of an answer failed")
             return self._free(group, slot, "failed")
-        if over or job._given >= job.limit:
+        if over or held.given >= held.job.limit:
             self._free(group, slot, "stop" if over else "length")
 
     def _free(self, group: _Group, slot: int, why: End) -> None:
-        job = group.job(slot)
-        held = time.monotonic() - job._began
         with self._changed:
-            group.jobs[slot] = None
-            group.fresh = [other for other in group.fresh if other != slot]
-            self._service = held if not self._service else 0.8 * self._service + 0.2 * held
-        self._told(job, why)
+            held = group.by_slot.pop(slot)
+            seconds = time.monotonic() - held.began
+            self._service = seconds if not self._service else 0.8 * self._service + 0.2 * seconds
+        self._told(held.job, why)
 
     def _told(self, job: Job, why: End) -> None:
         with self._changed:
             self._ended[why] = self._ended.get(why, 0) + 1
-        with contextlib.suppress(Exception):  # an event loop that is closed by now
+        with contextlib.suppress(Exception):  # whoever asked is gone
             job.end(why)
 
 
+@dataclasses.dataclass
+class _Held:
+    """A job that holds a slot: since when, what is still to be read of its prompt, and how many tokens it was given."""
+
+    job: Job
+    began: float
+    parts: list[Sequence[int]] | None = None
+    given: int = 0
+
+    def read(self) -> None:
+        """A piece less is to be read."""
+        self.parts = (self.parts or [])[1:]
+
+
 class _Group:
-    """Slots of one length, and the jobs that hold them."""
+    """Slots of one length, and the jobs that hold them; `lost` says that the device's memory of them is."""
 
     def __init__(self, slots: Slots):
-        self.slots = slots
-        self.jobs: list[Job | None] = [None] * slots.count
-        self.fresh: list[int] = []
+        self.slots, self.lost = slots, False
+        self.by_slot: dict[int, _Held] = {}
 
     @property
     def busy(self) -> int:
-        return sum(job is not None for job in self.jobs)
+        return len(self.by_slot)
 
-    def held(self) -> list[int]:
-        return [slot for slot, job in enumerate(self.jobs) if job is not None]
+    @property
+    def held(self) -> dict[int, _Held]:
+        """A copy, so that slots may be freed on the way."""
+        return dict(self.by_slot)
 
+    @property
     def free(self) -> list[int]:
-        return [slot for slot, job in enumerate(self.jobs) if job is None]
-
-    def job(self, slot: int) -> Job:
-        job = self.jobs[slot]
-        assert job is not None
-        return job
+        return [slot for slot in range(self.slots.count) if slot not in self.by_slot]
