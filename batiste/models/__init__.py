@@ -6,28 +6,45 @@ tokens = generate(model, prompt, 64)              # with a cache; greedy
 model = Decoder(DECODERS["tiny"], rngs=Rngs(0))   # or from the start
 loss = model.loss(tokens)                         # sums over tokens; the logits never exist all at once
 save_decoder(model, "mine/")
+encoder = SentenceEncoder.load("all-MiniLM-L6-v2/")
+vectors = encoder.encode(["one text", "another"])
 """
 
 from __future__ import annotations
 
+from .bert import BERTS, Bert, BertConfig, load_bert, save_bert
 from .configs import DECODERS, DecoderConfig
 from .decoder import RULES, Cache, Decoder
+from .files import open_weights
 from .generation import generate
 from .gguf import open_gguf
+from .mapping import As, Table
 from .safetensors import open_safetensors
+from .sentences import SentenceEncoder
 from .tensors import WeightsError
+from .torch_files import open_torch
 from .weights import load_decoder, save_decoder
 
 __all__ = [
+    "BERTS",
     "DECODERS",
     "RULES",
+    "As",
+    "Bert",
+    "BertConfig",
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "SentenceEncoder",
+    "Table",
     "WeightsError",
     "generate",
+    "load_bert",
     "load_decoder",
     "open_gguf",
     "open_safetensors",
+    "open_torch",
+    "open_weights",
+    "save_bert",
     "save_decoder",
 ]

@@ -81,7 +81,7 @@ class Machine:
         elif name in TUPLES:
             self.stack.append(tuple(self.last(TUPLES[name])))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            self.stack.append(self.found(value if name == "GLOBAL" else " ".join(map(str, self.last(2)))))
+            self.stack.append(self.found(value if name == "GLOBAL" else " ".join(self.last(2))))
         elif name not in NOTHING:
             action = getattr(self, f"do_{name.lower()}", None)
             if action is None:
@@ -89,7 +89,6 @@ class Machine:
             action() if value is None else action(value)
 
     def found(self, name: str) -> Global:
-        name = str(name)
         call = self.known.get(name)
         if call is None:
             starts = (call for start, call in self.known.items() if start.endswith("*") and name.startswith(start[:-1]))

@@ -201,7 +201,10 @@ def _storage(said: Any) -> Storage:
 
 
 def _ordered(pairs: Any = ()) -> dict[str, Any]:
-    return {str(key): value for key, value in pairs}
+    found = list(pairs)
+    if not all(isinstance(key, (str, int)) for key, _ in found):
+        raise TypeError("a key is no name")
+    return {str(key): value for key, value in found}
 
 
 def _first(value: Any = None, *rest: Any) -> Any:
