@@ -175,8 +175,11 @@ def remove_partial(fs: Fs, folder: Path, of: str | None = None) -> None:
 
 def _is_written(partial: Path, pid: str) -> bool:
     """Whether the process that began a file may still be at it."""
-    if pid == str(os.getpid()):
-        return partial in _writing
+    return partial in _writing if pid == str(os.getpid()) else is_alive(pid)
+
+
+def is_alive(pid: str) -> bool:
+    """Whether a process of this number runs."""
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, OverflowError, ValueError):

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batiste.checkpoint.errors import SaveError
-from batiste.checkpoint.files import Fs, make_folders, typed, write_all
+from batiste.checkpoint.files import Fs, is_alive, make_folders, typed, write_all
+from batiste.graph.errors import ArgumentError
 
 from .errors import BundleError
 
@@ -38,6 +39,7 @@ UNFINISHED = ".unfinished"
 Content = Iterable[Any]  # buffers, one after the other
 T = TypeVar("T")
 _counter = itertools.count()
+_writing: set[Path] = set()  # what this process writes now
 
 
 # ---------------------------------------------------------------- writing
@@ -54,10 +56,12 @@ def write_folder(fs: Fs, path: Path, files: Mapping[str, Content], key: bytes | 
     """
     path = Path(os.path.abspath(path))
     refuse_taken(path)
+    refuse_short(key)
     part = path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}{UNFINISHED}")
     with typed(path, "write the bundle"):
         make_folders(fs, path.parent)
         _remove_unfinished(fs, path)
+        _writing.add(part)
         try:
             fs.make_folder(part)
             listed = {name: _write(fs, part / name, content) for name, content in files.items()}
@@ -72,6 +76,8 @@ def write_folder(fs: Fs, path: Path, files: Mapping[str, Content], key: bytes | 
             with contextlib.suppress(OSError):
                 _remove(fs, part)
             raise
+        finally:
+            _writing.discard(part)
         fs.sync_folder(path.parent)
     return checked
 
@@ -101,20 +107,15 @@ def _write(fs: Fs, path: Path, content: Content) -> tuple[str, int]:
 def _remove_unfinished(fs: Fs, path: Path) -> None:
     """Removes what programs left behind that were ended while they wrote this bundle."""
     for name in fs.names(path.parent):
-        if name.startswith(f".{path.name}.") and name.endswith(UNFINISHED):
-            pid = name.removesuffix(UNFINISHED).rpartition(".")[2].partition("-")[0]
-            if not _alive(pid):
-                _remove(fs, path.parent / name)
+        ours = name.startswith(f".{path.name}.") and name.endswith(UNFINISHED)
+        if ours and not _is_written(path.parent / name):
+            _remove(fs, path.parent / name)
 
 
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_written(part: Path) -> bool:
+    """Whether the process that began a folder may still be at it."""
+    pid = part.name.removesuffix(UNFINISHED).rpartition(".")[2].partition("-")[0]
+    return part in _writing if pid == str(os.getpid()) else is_alive(pid)
 
 
 def _remove(fs: Fs, folder: Path) -> None:
@@ -125,10 +126,14 @@ def _remove(fs: Fs, folder: Path) -> None:
 
 def signature(manifest: bytes, key: bytes) -> bytes:
     """What stands in manifest.hmac."""
-    if len(key) < 16:
-        raise BundleError("A key to sign with is short", got=f"{len(key)} bytes", expected="16 or more",
-                          fix="make one with `openssl rand -hex 32`")  # fmt: skip
     return hmac.new(key, b"batiste bundle\0" + manifest, "sha256").hexdigest().encode()
+
+
+def refuse_short(key: bytes | None) -> None:
+    """Raises ArgumentError if a key could be guessed."""
+    if key is not None and len(key) < 16:
+        raise ArgumentError("The key to sign with is short", got=f"{len(key)} bytes", expected="16 or more",
+                            fix="make one with `openssl rand -hex 32`")  # fmt: skip
 
 
 # ---------------------------------------------------------------- reading
@@ -142,9 +147,9 @@ def read_folder(
     Raises:
         BundleError: a file is missing, a link, of another size or digest; or the manifest is not signed with the key.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    refuse_short(key)
     try:
-        folder = os.open(path, flags)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise BundleError(f"There is no bundle: {error.strerror}", at=str(path), fix="look at the path") from error
     try:

@@ -12,7 +12,18 @@ from typing import Any
 from batiste.checkpoint import files
 from batiste.checkpoint.files import Fs
 
-CHANGES = ("create", "write", "sync", "close", "rename", "remove", "make_folder", "sync_folder", "lock")
+CHANGES = (
+    "create",
+    "write",
+    "sync",
+    "close",
+    "rename",
+    "remove",
+    "make_folder",
+    "remove_folder",
+    "sync_folder",
+    "lock",
+)
 
 
 class Crash(BaseException):
@@ -127,7 +138,7 @@ class Forgetful(Counted):
                 dirty.discard(open_names[args[0]])
             elif kind == "sync_folder":
                 dirty.discard(args[0])
-            elif kind in ("rename", "remove", "make_folder"):
+            elif kind in ("rename", "remove", "make_folder", "remove_folder"):
                 dirty.add(args[-1].parent)
                 if kind == "rename" and args[0] in dirty:
                     dirty = dirty - {args[0]} | {args[1]}
@@ -145,6 +156,7 @@ class Forgetful(Counted):
         number_of: dict[int, int] = {}  # of an open file
         now: dict[Path, int | None] = {}
         safe: dict[Path, int | None] = {}
+        moved: list[tuple[Path, Path]] = []  # folders
         for number, (kind, *args) in enumerate(self.journal[:upto]):
             if kind == "create":
                 number_of[args[1]] = number
@@ -155,14 +167,19 @@ class Forgetful(Counted):
             elif kind == "sync":
                 durable[number_of[args[0]]] = len(written[number_of[args[0]]])
             elif kind == "rename":
+                if now[args[0]] is None:
+                    moved.append((args[0], args[1]))
+                    now = _renamed(now, *moved[-1])
                 now[args[1]] = now.pop(args[0])
-            elif kind == "remove":
+            elif kind in ("remove", "remove_folder"):
                 now.pop(args[0])
             elif kind == "make_folder":
                 now[args[0]] = None
             elif kind == "sync_folder":
                 safe = {path: file for path, file in safe.items() if path.parent != args[0]}
                 safe |= {path: file for path, file in now.items() if path.parent == args[0]}
+                for old, new in moved:
+                    safe = _renamed(safe, old, new) if new.parent == args[0] else safe
         names = now if names_kept else safe
         for path in sorted(names):
             above = [parent for parent in path.parents if parent != self.folder and self.folder in parent.parents]
@@ -172,6 +189,11 @@ class Forgetful(Counted):
                     path.relative_to(self.folder),
                     None if number is None else _lost(written[number], durable[number], tail),
                 )
+
+
+def _renamed(names: dict[Path, int | None], old: Path, new: Path) -> dict[Path, int | None]:
+    """What is below a folder that has another name now."""
+    return {new / path.relative_to(old) if old in path.parents else path: file for path, file in names.items()}
 
 
 def _lost(content: bytes, durable: int, tail: str) -> bytes:
