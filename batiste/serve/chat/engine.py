@@ -36,6 +36,7 @@ the program failed; the engine was closed."""
 
 
 GREEDY = Sampling()
+UNEVEN = 1.25  # how much longer than of late a job may have to wait
 
 
 class Refused(BatisteError):
@@ -186,7 +187,7 @@ class Engine:
             wait, free = self._wait(), self.size - self._busy()
             now = time.monotonic()
             crowded = len(self._waiting) + len(jobs) > self._most_waiting + max(free, 0)
-            if crowded or any(now + wait > job.deadline for job in jobs):
+            if crowded or any(now + UNEVEN * (wait + self._service) > job.deadline for job in jobs):
                 self._refused += len(jobs)
                 raise Refused("All slots are taken, and too many wait", after=max(wait, 1), busy=True)
             for job in jobs:
@@ -221,7 +222,7 @@ class Engine:
     def _wait(self) -> float:
         """Seconds until one more job would get a slot, judged by how long jobs held theirs of late."""
         ahead = len(self._waiting) + self._busy() - self.size + 1
-        return max(ahead, 0) * self._service / self.size
+        return max(0, math.ceil(ahead / self.size)) * self._service
 
     # ------------------------------------------------------------ the thread
     def _run(self) -> None:
@@ -251,11 +252,11 @@ class Engine:
         return sum(group.busy for group in self._groups)
 
     def _leave(self) -> None:
-        """Those whom nobody waits for any more."""
+        """Those whom nobody waits for any more, and who could not be answered in time if they began now."""
         now = time.monotonic()
         over = lambda job: job.cancelled or job.deadline < now
         with self._changed:
-            gone = self._waiting.take(over)
+            gone = self._waiting.take(lambda job: over(job) or job.deadline < now + self._service)
         for job in gone:
             self._told(job, "cancelled" if job.cancelled else "late")
         for group in self._groups:
@@ -321,7 +322,8 @@ class Engine:
         with self._changed:
             held = group.by_slot.pop(slot)
             seconds = time.monotonic() - held.began
-            self._service = seconds if not self._service else 0.8 * self._service + 0.2 * seconds
+            if why in ("stop", "length"):
+                self._service += (seconds - self._service) * (0.2 if self._service else 1)
         self._told(held.job, why)
 
     def _told(self, job: Job, why: End) -> None:
