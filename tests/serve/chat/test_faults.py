@@ -41,7 +41,7 @@ def free(engine: Engine) -> bool:
 
 
 def raw(address: str, data: bytes) -> bytes:
-    """What a server says to these bytes: an answer, or nothing where it closes, or waits for more that will not come."""
+    """What a server says to these bytes: an answer, or nothing where it closes or waits for more."""
     url = httpx.URL(address)
     with socket.create_connection((url.host, url.port or 80), timeout=0.3) as connection:
         try:
