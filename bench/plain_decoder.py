@@ -83,7 +83,7 @@ def cross_entropy(x, head, labels, chunks: int):
         correct = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
         return (jax.nn.logsumexp(logits, -1) - correct).sum()
 
-    parts = x.reshape(chunks, -1, x.shape[-1]), labels.reshape(chunks, -1)
+    parts = x.reshape(-1, chunks, x.shape[-1]).swapaxes(0, 1), labels.reshape(-1, chunks).T
     total, _ = jax.lax.scan(lambda total, part: (total + of_part(*part), None), jnp.float32(0), parts)
     return total / labels.size
 

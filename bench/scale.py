@@ -224,8 +224,11 @@ def main() -> None:
 
     config, batch, length = SIZES[args.size]
     tokens = jax.random.randint(jax.random.key(1), (args.batch or batch, length + 1), 0, config.vocab)
-    numbers = [] if args.presets == "none" else [int(i) for i in args.presets.split(",") if i]
-    chosen = [PRESETS[i] for i in numbers] if args.presets else PRESETS
+    named = [] if args.presets == "none" else [i for i in args.presets.split(",") if i]
+    if wrong := [i for i in named if not i.isdigit() or int(i) >= len(PRESETS)]:
+        listed = "; ".join(f"{i} {preset}" for i, preset in enumerate(PRESETS))
+        parser.error(f"--presets: there is no {', '.join(wrong)}; the presets are {listed}")
+    chosen = [PRESETS[int(i)] for i in named] if args.presets else PRESETS
     print(f"{machine()}; {jax.device_count()} devices\n{args.size}: {config.parameters:,} parameters, "
           f"{tokens.shape[0]} x {length} tokens a step, adamw, cross-entropy in {CHUNKS} parts")  # fmt: skip
     found = {"steps": steps(config, tokens, chosen, args.seconds)}

@@ -64,7 +64,8 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
     padding = -tokens % chunks
     parts = (x.reshape(tokens, -1), labels.reshape(-1), weights.reshape(-1))
     parts = [jnp.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1)) for part in parts]
-    parts = [part.reshape(chunks, -1, *part.shape[1:]) for part in parts]
+    # Every chunk takes each chunks-th token: where tokens are divided among devices, each keeps to its own.
+    parts = [jnp.moveaxis(part.reshape(-1, chunks, *part.shape[1:]), 1, 0) for part in parts]
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(sums: TokenLoss, part: list[Array]) -> tuple[TokenLoss, None]:

@@ -50,6 +50,16 @@ def test_the_logits_of_the_batch_never_exist() -> None:
     assert temporary(16) < temporary(1) / 8
 
 
+def test_tokens_stay_where_they_are_divided_among_devices() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.NamedSharding(mesh, jax.P("data"))
+    x, labels = jax.device_put((jnp.ones((8, 16, 4)), jnp.zeros((8, 16), jnp.int32)), divided)
+    step = jax.jit(jax.value_and_grad(lambda x, head: chunked_cross_entropy(x, head, labels, chunks=4).loss, (0, 1)))
+    text = step.lower(x, jnp.ones((4, 11))).compile().as_text()
+    assert "all-reduce" in text, "of the sums, and of the head's gradient"
+    assert not {name for name in ("all-gather", "all-to-all", "collective-permute") if name in text}
+
+
 def test_bad_input() -> None:
     with pytest.raises(ShapeError, match=r"one label and one weight per token.*\(3,\)"):
         chunked_cross_entropy(X, HEAD, jnp.zeros(3, jnp.int32))
