@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from .tensors import WeightsError
 
-MOST_INSTRUCTIONS = 1 << 20
+MOST_INSTRUCTIONS = 1 << 19
 LARGEST_NUMBER = 1 << 128
 MARK = object()
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

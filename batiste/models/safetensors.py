@@ -55,7 +55,7 @@ def index_of(path: Path, open_file: Callable[[Path], Weights]) -> Weights:
                            expected='{"weight_map": {"name": "file"}}')  # fmt: skip
     opened: dict[str, Weights] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        if not name or Path(name).name != name or "\\" in name or "\0" in name:
             raise WeightsError("the index names a file outside its folder", at=str(path), got=repr(name[:80]),
                                fix="do not use this checkpoint")  # fmt: skip
         opened[name] = open_file(path.parent / name)

@@ -26,7 +26,7 @@ from .safetensors import index_of
 from .tensors import Tensor, Weights, WeightsError, checked_shape, file_size
 
 MOST_PICKLE = 1 << 26
-MOST_VALUES = 1 << 20
+MOST_VALUES = 1 << 17
 DEEPEST = 64
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 INDEX, SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -123,9 +123,9 @@ def _place(path: Path, file: BinaryIO, member: zipfile.ZipInfo, total: int) -> t
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.flag_bits & 1:
         raise WeightsError("a member of the archive is packed or encrypted, which weights are not", at=at,
                            fix="save it again with torch.save")  # fmt: skip
-    file.seek(member.header_offset)
+    file.seek(min(max(member.header_offset, 0), total))
     head = file.read(30)
-    if len(head) < 30 or head[:4] != b"PK\3\4":
+    if member.header_offset < 0 or len(head) < 30 or head[:4] != b"PK\3\4":
         raise WeightsError("a member of the archive is not where its list says", at=at, fix="fetch the file again")
     start = member.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
     if start + member.file_size > total:
@@ -243,7 +243,7 @@ def _named(said: Any, at: str) -> tuple[dict[str, View], dict[str, Any]]:
     """All tensors under the names of where they stand; and the numbers and strings."""
     views: dict[str, View] = {}
     about: dict[str, Any] = {}
-    for count, (name, value) in enumerate(_walk(said, "", at, 0)):
+    for count, (name, value) in enumerate(_walk(said, at)):
         if count >= MOST_VALUES:
             raise WeightsError("a file of weights has not that many values", at=at, got=f"more than {count}")
         if isinstance(value, View):
@@ -253,16 +253,21 @@ def _named(said: Any, at: str) -> tuple[dict[str, View], dict[str, Any]]:
     return views, about
 
 
-def _walk(value: Any, name: str, at: str, depth: int) -> Iterator[tuple[str, Any]]:
-    if depth > DEEPEST:
-        raise WeightsError("the values are nested too deeply, or hold themselves", at=at, got=f"{DEEPEST} levels")
-    is_dict = isinstance(value, dict)
-    if is_dict or (isinstance(value, (list, tuple)) and not isinstance(value, tuple(_LEAVES))):
-        yield name, None
-        for key, part in value.items() if is_dict else enumerate(value):
-            yield from _walk(part, f"{name}.{key}" if name else str(key), at, depth + 1)
-    else:
+def _walk(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """What stands in dicts, lists and tuples, and each of these, in their order, with the names of the places."""
+    left = [("", 0, value)]
+    while left:
+        name, depth, value = left.pop()
         yield name, value
+        if isinstance(value, dict):
+            parts = list(value.items())
+        elif isinstance(value, (list, tuple)) and not isinstance(value, _LEAVES):
+            parts = list(enumerate(value))
+        else:
+            continue
+        if depth == DEEPEST:
+            raise WeightsError("the values are nested too deeply, or hold themselves", at=at, got=f"{DEEPEST} levels")
+        left += [(f"{name}.{key}" if name else str(key), depth + 1, part) for key, part in reversed(parts)]
 
 
 _LEAVES = (View, Storage, Kind)

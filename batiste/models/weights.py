@@ -146,9 +146,9 @@ def config_of_gguf(weights: Weights, path: Path) -> DecoderConfig:
 
 
 def _config(kind: Any, found: dict[str, Any], path: Path) -> DecoderConfig:
-    if kind not in ARCHITECTURES:
-        raise WeightsError("the model is of an architecture that this decoder is not", at=str(path), got=repr(kind),
-                           expected=", ".join(ARCHITECTURES))  # fmt: skip
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise WeightsError("the model is of an architecture that this decoder is not", at=str(path),
+                           got=repr(kind)[:80], expected=", ".join(ARCHITECTURES))  # fmt: skip
     if found.get("head_dim") and found["head_dim"] * found.get("heads", 0) == found.get("features"):
         found.pop("head_dim")  # it says what is so anyway
     try:
