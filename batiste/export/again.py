@@ -98,7 +98,8 @@ def _with_weights(built: Any, weights: Mapping[str, Any], described: Described) 
         model.eval()  # as it was, for in a bundle nothing is trained
     if tree is None and weights and (isinstance(model, linen.Module) or not is_graph_node(model)):
         tree = nested(weights)
-    made = pure(model, tree, described.method, described.fixed, tuple(described.outputs))
+    options: Any = {"method": described.method, "fixed": described.fixed, "outputs": tuple(described.outputs)}
+    made = pure(model, tree, tuple(described.inputs), **options)
     wrong = []
     for name, x in weights.items():
         own = made.weights.get(name)

@@ -99,7 +99,7 @@ class Bundle:
     def _refuse_narrow(self) -> None:
         wide = [name for specs in (*self.signature, self.described.weights) for name, spec in specs.items()
                 if spec.dtype in ("float64", "int64", "uint64", "complex128")]  # fmt: skip
-        if wide and not jax.config.read("jax_enable_x64"):
+        if wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise PlatformError("The bundle computes with 64 bits", got=", ".join(wide[:8]),
                                 fix="set JAX_ENABLE_X64=1, or export it without")  # fmt: skip
 

@@ -91,7 +91,7 @@ def environment() -> dict[str, str]:
     """The versions that a bundle is written with."""
     return {
         "batiste": __version__, "jax": jax.__version__, "jaxlib": version("jaxlib"), "numpy": np.__version__,
-        "python": platform.python_version(), "platform": platform.platform(terse=True),
+        "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
         "backend": jax.default_backend(),
     }  # fmt: skip
 

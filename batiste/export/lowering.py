@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +122,8 @@ def lowered(
         model = model.only(used)
         function = jax.jit(model.run)
     try:
-        exported = jax_export.export(function, platforms=platforms)(model.shapes, args)
+        with _nameless():
+            exported = jax_export.export(function, platforms=platforms)(model.shapes, args)
     except (NotImplementedError, ValueError) as error:
         if any(not isinstance(n, int) for n in sizes.values()):
             raise  # perhaps it is the open sizes
@@ -130,6 +132,18 @@ def lowered(
         raise ExportError("The program spans devices", got=exported.nr_devices, expected=1,
                           fix="export outside the mesh: bundles run on one device")  # fmt: skip
     return model, exported
+
+
+@contextlib.contextmanager
+def _nameless() -> Iterator[None]:
+    """In the meantime, programs do not hold the paths of the files that they came from."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, ".*/")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def used_weights(model: Pure, jaxpr: Any) -> list[str]:

@@ -58,8 +58,14 @@ def method_of(model: Any, method: str | None) -> str | None:
     return model.__name__ if inspect.ismethod(model) and is_graph_node(model.__self__) else method
 
 
-def pure(model: Any, weights: Any, method: str | None, fixed: Mapping[str, Any], outputs: Sequence[str] | None) -> Pure:
+def pure(
+    model: Any, weights: Any, names: Sequence[str], *, method: str | None, fixed: Mapping[str, Any],
+    outputs: Sequence[str] | None,
+) -> Pure:  # fmt: skip
     """The function of a live object, of a Linen module with variables, or of a function with a tree of weights.
+
+    Args:
+        names: of the inputs, in order.
 
     Raises:
         ArgumentError: the model is none of them.
@@ -67,18 +73,20 @@ def pure(model: Any, weights: Any, method: str | None, fixed: Mapping[str, Any],
     method = method_of(model, method)
     model = model.__self__ if inspect.ismethod(model) and is_graph_node(model.__self__) else model
     if isinstance(model, linen.Module):
-        found = _of_linen(model, weights, method, fixed)
+        found = _of_linen(model, weights, method, Call(getattr(model, method or "__call__"), names, fixed))
     elif _is_object(model):
         if weights is not None:
             raise ArgumentError("An object holds its weights itself", got="weights=", fix="leave weights out")
-        found = _of_object(model, lambda live, **inputs: getattr(live, method or "__call__")(**inputs), fixed)
+        call = Call(getattr(model, method or "__call__"), names, fixed)
+        found = _of_object(model, lambda live, inputs: call(getattr(live, method or "__call__"), inputs))
     elif not callable(model):
         raise ArgumentError("This is no model", got=type(model).__name__,
                             expected="a module, a Linen module with weights=, or a function")  # fmt: skip
     elif _is_object(weights):
-        found = _of_object(weights, model, fixed)
+        call = Call(model, names, fixed)
+        found = _of_object(weights, lambda live, inputs: call(model, inputs, live))
     else:
-        found = _of_function(model, weights, fixed)
+        found = _of_function(model, weights, Call(model, names, fixed))
     return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
 
 
@@ -86,7 +94,24 @@ def _is_object(x: Any) -> bool:
     return is_graph_node(x) and not isinstance(x, State)
 
 
-def _of_object(model: Any, call: Callable[..., Any], fixed: Mapping[str, Any]) -> Pure:
+class Call:
+    """Hands inputs over by name; where a function has no arguments of these names, by position, in their order."""
+
+    def __init__(self, function: Callable[..., Any], names: Sequence[str], fixed: Mapping[str, Any]):
+        try:
+            known = set(inspect.signature(function).parameters)
+        except (TypeError, ValueError):  # of a builtin
+            known = set()
+        self.positions = names if known.isdisjoint(names) else ()
+        self.fixed = fixed
+
+    def __call__(self, function: Callable[..., Any], inputs: Mapping[str, Any], *first: Any, **more: Any) -> Any:
+        if self.positions:
+            return function(*first, *(inputs[name] for name in self.positions), **self.fixed, **more)
+        return function(*first, **inputs, **self.fixed, **more)
+
+
+def _of_object(model: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Pure:
     graph, values = split(model)
     flat: list[tuple[Any, Any]] = list(to_flat_state(values))
     trees = {"/".join(map(str, path)): _value(leaf) for path, leaf in flat}
@@ -97,7 +122,7 @@ def _of_object(model: Any, call: Callable[..., Any], fixed: Mapping[str, Any]) -
         pairs = [(path, leaf.replace(x) if isinstance(leaf, Variable) else x)
                  for (path, leaf), x in zip(flat, new.values())]  # fmt: skip
         live = merge(graph, from_flat_state(pairs))
-        output = call(live, **inputs, **fixed)
+        output = call(live, inputs)
         _refuse_writes(new, live)
         return output
 
@@ -122,14 +147,14 @@ def _refuse_writes(before: Mapping[str, Any], live: Any) -> None:
         raise ExportError("The call writes state, which would be lost", got=said, expected="nothing", fix=EVAL)
 
 
-def _of_linen(module: Any, variables: Any, method: str | None, fixed: Mapping[str, Any]) -> Pure:
+def _of_linen(module: Any, variables: Any, method: str | None, call: Call) -> Pure:
     if variables is None:
         raise ArgumentError("A Linen module needs its variables", fix="export(module, …, weights=variables)")
     weights, rebuild = named_leaves(linen.unbox(variables))
 
     def run(weights: dict[str, Any], inputs: dict[str, Any]) -> Any:
         try:
-            return module.apply(rebuild(weights), **inputs, **fixed, method=method)
+            return call(module.apply, inputs, rebuild(weights), method=method)
         except ModifyScopeVariableError as error:
             raise ExportError(f"The call writes state, which would be lost ({error.problem})",
                               fix="turn training off, such as fixed={'train': False}") from error  # fmt: skip
@@ -137,11 +162,11 @@ def _of_linen(module: Any, variables: Any, method: str | None, fixed: Mapping[st
     return Pure(run, weights)
 
 
-def _of_function(function: Callable[..., Any], tree: Any, fixed: Mapping[str, Any]) -> Pure:
+def _of_function(function: Callable[..., Any], tree: Any, call: Call) -> Pure:
     if tree is None:
-        return Pure(lambda weights, inputs: function(**inputs, **fixed), {})
+        return Pure(lambda weights, inputs: call(function, inputs), {})
     weights, rebuild = named_leaves(tree)
-    return Pure(lambda weights, inputs: function(rebuild(weights), **inputs, **fixed), weights)
+    return Pure(lambda weights, inputs: call(function, inputs, rebuild(weights)), weights)
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:

@@ -49,7 +49,8 @@ def export(
 
     Args:
         model: an object, a method of one, a Linen module with `weights=variables`, or a function of weights and inputs.
-        signature: for each input such as `"float32[batch, 4]"`, `"int32[batch, length] < 256"`, or an example array.
+        signature: for each argument (by its name, or by position) such as `"float32[batch, 4]"`, or an example;
+            `"int32[batch, length] < 256"` bounds whole numbers.
         weights: the tree that a Linen module or a function takes.
         method: what to call, if not the model itself.
         fixed: further arguments of the call, such as `{"train": False}`.
@@ -71,7 +72,8 @@ def export(
     """
     inputs = {name: ShapeDtype.of(given, f"input {name}") for name, given in signature.items()}
     written = Written(
-        model=pure(model, weights, method, fixed or {}, outputs), inputs=inputs, order=outputs,
+        model=pure(model, weights, tuple(inputs), method=method, fixed=fixed or {}, outputs=outputs),
+        inputs=inputs, order=outputs,
         limits=dict(limits or {}), buckets=buckets or {}, platforms=platforms, golden=golden,
         tolerance=float(tolerance),
         tokenizer=None if tokenizer is None else ("tokenizer" + Path(tokenizer).suffix, Path(tokenizer).read_bytes()),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,22 @@ def test_a_method_with_outputs_of_a_tree(tmp_path: Path) -> None:
     assert str(named.signature) == "(x: float32[2, 4]) -> (one: float32[2, 3], two: float32[2, 3], sum: float32[2])"
 
 
+def test_inputs_of_other_names_are_handed_over_by_position(tmp_path: Path) -> None:
+    bundle = export(lambda weights, *both: both[0] - weights * both[1], {"b": "float32[n]", "a": "float32[n]"},
+                    tmp_path / "b", weights=jnp.float32(2))  # fmt: skip
+    assert bundle(a=ones(3), b=3 * ones(3))["output"].tolist() == [1, 1, 1]
+    model = net()
+    bundle = export(
+        lambda model, x: model(x) + model.linear(x), {"x": "float32[batch, 4]"}, tmp_path / "c", weights=model
+    )
+    np.testing.assert_allclose(bundle(x=ones(2, 4))["output"], model(ones(2, 4)) + model.linear(ones(2, 4)), atol=1e-6)
+
+
+def test_a_bundle_tells_no_path_of_the_place_where_it_was_written(folder: Path) -> None:
+    for path in folder.iterdir():
+        assert not [name for name in (str(Path(__file__).parent), "batiste/nn") if name.encode() in path.read_bytes()]
+
+
 def test_a_linen_module(tmp_path: Path) -> None:
     model = Functional()
     variables = model.init(jax.random.key(0), ones(1, 4))
@@ -213,7 +230,7 @@ def test_signatures_that_do_not_fit(tmp_path: Path) -> None:
     assert "names" in refused(tmp_path, net(), {"x": "float32[batch, 4]"}, outputs=["a", "b"])
     assert "model" in refused(tmp_path, 3, {})
     with pytest.raises(TypeError, match="unexpected keyword"):
-        export(net(), {"z": "float32[batch, 4]"}, tmp_path / "b")
+        export(lambda x, y: x + y, {"x": "float32[batch, 4]", "z": "float32[batch, 4]"}, tmp_path / "b")
 
 
 # ---------------------------------------------------------------- misuse, before anything is compiled
@@ -256,6 +273,24 @@ def test_sizes_that_belong_together_and_numbers_in_a_range(tmp_path: Path) -> No
 def test_a_program_for_other_devices(tmp_path: Path) -> None:
     bundle = export(net(), {"x": "float32[batch, 4]"}, tmp_path / "b", platforms=("tpu", "cuda"))
     with pytest.raises(PlatformError, match="got cpu, expected tpu, cuda"):
+        bundle(x=ones(1, 4))
+
+
+def test_numbers_of_64_bits(tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        export(lambda x: 2 * x, {"x": "float64[n]"}, tmp_path / "b").verify()
+    with pytest.raises(PlatformError, match="JAX_ENABLE_X64"):
+        load_bundle(tmp_path / "b")
+
+
+def test_a_program_of_more_devices(tmp_path: Path) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    message = refused(tmp_path, lambda x: jax.lax.with_sharding_constraint(x, spread), {"x": "float32[4]"})
+    assert "spans devices: got 2" in message
+    bundle = export(net(), {"x": "float32[batch, 4]"}, tmp_path / "b")
+    bundle.described = dataclasses.replace(bundle.described, devices=9)
+    with pytest.raises(PlatformError, match="more devices: got 8, expected 9"):
         bundle(x=ones(1, 4))
 
 
