@@ -24,7 +24,9 @@ import jax
 import numpy as np
 
 from batiste.core.frozen_dict import FrozenDict
-from batiste.graph.errors import ArgumentError, DtypeError, StructureError
+from batiste.graph.callers import warn
+from batiste.graph.errors import ArgumentError, DtypeError, StateMismatchWarning, StructureError
+from batiste.graph.fitting import check_fit
 from batiste.graph.optional import need
 
 __all__ = [
@@ -108,6 +110,9 @@ def from_state_dict(target: Any, state: Any, name: str = ".") -> Any:
     Args:
         name: what `target` is called in messages.
 
+    What `state` has beyond `target` is left out, and an array of another shape or kind is taken, both with a
+    `StateMismatchWarning`.
+
     >>> from_state_dict({"layers": [0, 0]}, {"layers": {"0": 1, "1": 2}})
     {'layers': [1, 2]}
 
@@ -115,9 +120,10 @@ def from_state_dict(target: Any, state: Any, name: str = ".") -> Any:
         ValueError: `state` lacks a part of `target`, or has another number of parts.
     """
     handler = _handler_of_value(target)
-    if handler is None:
-        return state
     with _named(name):
+        if handler is None:
+            check_fit(target, state, current_path(), "value")
+            return state
         return handler.back(target, state)
 
 
@@ -182,6 +188,10 @@ def _dict_from(xs: Any, state: Any) -> dict[Any, Any]:
             "The target dict keys and state dict keys do not match, target dict contains keys "
             f"{missing} which are not present in state dict"
         )
+    if unknown := sorted(set(parts) - {str(key) for key in xs}):
+        warn(f"the state has parts at {current_path()} that the target lacks, and they are left out: "
+             f"{', '.join(unknown[:8])}.\n  Fix: restore into a target that has them, or take them out of the state.",
+             StateMismatchWarning)  # fmt: skip
     return {key: from_state_dict(x, parts[str(key)], name=str(key)) for key, x in xs.items()}
 
 
@@ -267,6 +277,8 @@ def to_bytes(target: Any) -> bytes:
 
 def from_bytes(target: Any, encoded_bytes: bytes) -> Any:
     """A value like `target` that holds what `to_bytes` wrote; with `target=None`, the state dict.
+
+    As in `from_state_dict`, arrays of another shape or kind and parts beyond the target's are told of, not refused.
 
     Raises:
         ValueError: the bytes are damaged, or hold another structure than `target`.

@@ -36,7 +36,7 @@ def user_place() -> str:
 def warn(text: str, kind: type[Warning]) -> None:
     """Warns at the user's line, so that each line of a program hears of a matter once."""
     _, distance = _user_frame()
-    warnings.warn(text, kind, stacklevel=distance)
+    warnings.warn(text, kind, stacklevel=1 + distance)
 
 
 def _user_frame() -> tuple[FrameType | None, int]:

@@ -146,6 +146,10 @@ class BatisteWarning(UserWarning):
     """Base of the warnings about programs that run, and most likely do something else than was meant."""
 
 
+class StateMismatchWarning(BatisteWarning):
+    """A state was written into a model that has other shapes, other kinds of values or other parts."""
+
+
 def locate(at: Any) -> str:
     """The path of `at` in the model that is running, for an error message; text is returned as it is.
 

@@ -12,6 +12,7 @@ import jax
 
 from .errors import ArgumentError, StructureError
 from .filters import Filter, to_predicates
+from .fitting import check_fit, check_known
 from .flatten import Flat, flatten_graph
 from .jaxcompat import key_name
 from .modes import graph_mode
@@ -19,7 +20,7 @@ from .pytree import ARRAYS, Pytree
 from .states import FlatState, State, _not_exhaustive, _sort_out, from_flat_state, key_order
 from .structure import GraphDef, show_path
 from .unflatten import unflatten_graph
-from .variable import Variable
+from .variable import Param, Variable
 from .walk import iter_graph
 
 A = TypeVar("A")
@@ -48,6 +49,7 @@ def split(node: Any, *filters: Filter, graph: bool | None = None):
         StructureError: a leaf is matched by no filter; end the list with `...`.
     """
     flat = flatten_node(node, graph)
+    flat.graphdef.leaf_types = [getattr(x, "aval", None) for x in flat.values()]
     return flat.graphdef, *cut(zip(flat.paths, flat.leaves), filters)
 
 
@@ -91,6 +93,8 @@ def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_
     Variables in the States become part of the new object as they are; `copy=True` makes new ones. Plain values get new
     Variables around them, unless `recreate_variables` is False.
 
+    An array of another shape or kind than was split off is taken, with a `StateMismatchWarning`.
+
     Raises:
         StructureError: a leaf is missing or left over; the message names its path.
     """
@@ -103,6 +107,8 @@ def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_
     if not states:
         raise TypeError("merge() missing 1 required positional argument: 'state'")
     leaves = leaves_of(description, states)
+    for path, old, new in zip(description.paths, description.leaf_types or (), leaves):
+        check_fit(old, new._raw_value if isinstance(new, Variable) else new, path, "leaf")
     return unflatten_graph(description.root, leaves, copy=copy, recreate=recreate_variables)[0]
 
 
@@ -154,7 +160,11 @@ def _pairs_below(x: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
 
 # ---------------------------------------------------------------- update
 def update(node: Any, state: Any, /, *states: Any) -> None:
-    """Writes the values of States (or nested dicts, or a module of the same structure) into an object, in place."""
+    """Writes the values of States (or nested dicts, or a module of the same structure) into an object, in place.
+
+    A value of another shape or kind, and a parameter that the object did not have, are written, with a
+    `StateMismatchWarning`.
+    """
     for part in (state, *states):
         if isinstance(part, (Pytree, Variable)) and not isinstance(part, State):
             part = flatten_graph(part)
@@ -175,14 +185,20 @@ def _update_at(at: Any, path: tuple, value: Any, whole: tuple) -> None:
                 f"cannot update below the {type(at).__name__}", at=show_path(whole), fix="pass its value"
             )
         part = _child(at, key)
-        if part is None and rest and getattr(at, "_takes_new_parts", False):  # such as one that makes its parts late
+        if part is None and rest and _takes_new_parts(at):
             part = {}
             setattr(at, key, part)
         if not rest and not isinstance(part, (Variable, Pytree)):
+            if part is not None:
+                check_fit(part, value, whole, "array")
+            elif isinstance(at, Pytree) and isinstance(value, (Param, *ARRAYS)) and not _takes_new_parts(at):
+                check_known(vars(at), str(key), show_path(whole[:-1]), type(at).__name__)
             _set_child(at, key, value, whole)
             return
         at, path = part, tuple(rest)
     if isinstance(at, Variable):
+        new = value._raw_value if isinstance(value, Variable) else value
+        check_fit(at._raw_value, new, whole, type(at).__name__)
         if isinstance(value, Variable):
             at.update_from_state(value)
         else:
@@ -190,6 +206,11 @@ def _update_at(at: Any, path: tuple, value: Any, whole: tuple) -> None:
     else:
         raise StructureError(f"cannot write a value over the {type(at).__name__}", at=show_path(whole),
                              got=type(value).__name__, expected="a nested State")  # fmt: skip
+
+
+def _takes_new_parts(at: Any) -> bool:
+    """Whether it is an object that makes its parts late."""
+    return getattr(at, "_takes_new_parts", False)
 
 
 def _child(at: Any, key: Any) -> Any:

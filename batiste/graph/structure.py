@@ -148,10 +148,11 @@ class GraphDef(Generic[Node]):
     Two equal GraphDefs describe the same program, so it is what compiled functions are remembered by.
     """
 
-    __slots__ = ("root", "num_leaves", "_hash", "_paths")
+    __slots__ = ("root", "num_leaves", "leaf_types", "_hash", "_paths")
 
     def __init__(self, root: Any, num_leaves: int, paths: list[Path] | None = None):
         self.root, self.num_leaves, self._paths = root, num_leaves, paths
+        self.leaf_types: list[Any] | None = None  # shapes and dtypes at the time of a split: known, and no part of it
         self._hash: int | None = None
 
     def __hash__(self):
@@ -208,7 +209,7 @@ class GraphDef(Generic[Node]):
 
     def __setstate__(self, state):
         self.root, self.num_leaves = state
-        self._hash = self._paths = None
+        self.leaf_types = self._hash = self._paths = None
 
 
 def _summary(d: Any) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from batiste import nnx
-from batiste.graph.errors import StructureError
+from batiste.graph.errors import StateMismatchWarning, StructureError
 from tests.graph.zoo import zoo
 
 
@@ -60,7 +60,8 @@ def test_update_writes_into_the_same_variables(form):
 
 def test_update_adds_what_is_new_and_sets_what_is_plain():
     layer = zoo(nnx)["layer"]
-    nnx.update(layer, {"extra": jnp.ones(1), "n": 9})
+    with pytest.warns(StateMismatchWarning, match="adds 'extra' to the "):
+        nnx.update(layer, {"extra": jnp.ones(1), "n": 9})
     assert layer.n == 9 and layer.extra.shape == (1,)
 
 
