@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serving language models: continuous batching over slots, and OpenAI's API in front of it.
 
-slots = Slots(model, count=8, length=1024)        # the programs are compiled here, and none later
+chat = load_language_model("SmolLM2-135M/")       # a folder or a GGUF file; its programs are compiled here
+app = Api([chat]).app()                           # /v1/chat/completions and the others, an ASGI application
+
+slots = Slots(model, count=8, length=1024)        # or from its parts: rows of a batch that come and go
 engine = Engine(slots)                            # a thread: jobs take slots as they come free
 chat = LanguageModel("mine", engine, tokenizer)   # text, templates, stop strings
-app = Api([chat]).app()                           # /v1/chat/completions and the others, an ASGI application
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from .api import Api
 from .embedder import Embedder
 from .engine import Engine, Job, Refused, Token
 from .errors import RequestError
+from .load import load_embedder, load_language_model
 from .model import LanguageModel
 from .sampling import Sampling
 from .slots import Slots
 from .templates import TEMPLATES, JinjaTemplate, Message, Template, template_of
 from .text import Text, Tokenizer
+from .words import Words
 
 __all__ = [
     "TEMPLATES",
@@ -36,5 +40,8 @@ __all__ = [
     "Text",
     "Token",
     "Tokenizer",
+    "Words",
+    "load_embedder",
+    "load_language_model",
     "template_of",
 ]

@@ -12,7 +12,7 @@ from batiste.graph.errors import ArgumentError
 from .engine import Engine
 from .errors import RequestError
 from .requests import Ask
-from .templates import TEMPLATES, JinjaTemplate, Message, Template, template_of
+from .templates import JinjaTemplate, Message, Template, template_of
 from .text import Tokenizer, divided, encoded
 
 
@@ -23,20 +23,14 @@ class LanguageModel:
         name: by which clients ask for it.
         engine: runs the model; its vocabulary holds the tokenizer's.
         tokenizer: text to tokens and back; see `batiste.serve.chat.text.Tokenizer`.
-        template: of conversations, or the name of one; if left out, the one that the special tokens hint at.
+        template: of conversations; if left out, the one that the special tokens hint at.
         ends: tokens that end an answer, besides those of the template.
         begin: tokens before every prompt that is plain text.
-
-    Raises:
-        ArgumentError: there is no such template.
     """
 
     def __init__(self, name: str, engine: Engine, tokenizer: Tokenizer, *,
-                 template: str | Template | JinjaTemplate | None = None, ends: Iterable[int] = (),
+                 template: Template | JinjaTemplate | None = None, ends: Iterable[int] = (),
                  begin: Sequence[int] = ()):  # fmt: skip
-        if isinstance(template, str) and template not in TEMPLATES:
-            raise ArgumentError("there is no such template", got=template, expected=", ".join(TEMPLATES))
-        template = TEMPLATES[template] if isinstance(template, str) else template
         self.name, self.engine, self.tokenizer, self.begin = name, engine, tokenizer, list(begin)
         self.template = template or template_of(None, tokenizer.specials)
         self.ends = frozenset(ends) | self.template.ends(tokenizer)

@@ -139,7 +139,21 @@ def address(api: Api):
         yield address
 
 
+def client_of(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=30)
+
+
 @pytest.fixture(scope="module")
 def client(address: str):
-    with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=30) as client:
+    with client_of(address) as client:
         yield client
+
+
+@pytest.fixture(scope="session", name="serving")
+def serving_maker():
+    return serving
+
+
+@pytest.fixture(scope="session")
+def openai_client():
+    return client_of
