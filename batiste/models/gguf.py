@@ -6,8 +6,10 @@ Source: the format's description, github.com/ggml-org/ggml, docs/gguf.md; the bl
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +47,9 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
     """d q"""
     return _scales(blocks[:, :2]) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
+
+Decode = Callable[[np.ndarray], np.ndarray]
+AT_A_TIME = 1 << 14  # blocks
 
 # number -> name, values and bytes of a block, how one is decoded
 FORMATS = {
@@ -150,4 +155,16 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: in
     if start + offset + length > total:
         raise WeightsError("a tensor lies past the end of the file", at=at, got=f"end {start + offset + length}",
                            expected=f"at most {total}", fix="fetch the file again")  # fmt: skip
-    return Tensor(path, start + offset, length, shape, lambda raw, shape: decode(raw.reshape(-1, size)).reshape(shape))
+    return Tensor(path, start + offset, length, shape, functools.partial(_unpacked, values, size, decode))
+
+
+def _unpacked(values: int, size: int, decode: Decode, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The blocks of a tensor, some at a time: next to the values, no more than these are in memory."""
+    blocks = raw.reshape(-1, size)
+    if values == 1:
+        return decode(blocks).reshape(shape)
+    out = np.empty((len(blocks), values), np.float32)
+    with np.errstate(all="ignore"):  # scales may be infinite
+        for at in range(0, len(blocks), AT_A_TIME):
+            out[at : at + AT_A_TIME] = decode(blocks[at : at + AT_A_TIME])
+    return out.reshape(shape)

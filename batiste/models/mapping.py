@@ -107,13 +107,9 @@ def entries(model: Module, table: Table) -> list[Entry]:
     Raises:
         WeightsError: it says nothing of one.
     """
-    parts = dict(iter_graph(model))
     patterns = [(re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)")), names) for ours, names in table.names.items()]
     found = []
-    for path, variable in parts.items():
-        if not isinstance(variable, (Param, BatchStat)):
-            continue
-        place = "/".join(map(str, path))
+    for place, variable, layer in _values(model):
         matches = ((pattern.fullmatch(place), names) for pattern, names in patterns)
         match, names = next(((match, names) for match, names in matches if match), (None, ""))
         if match is None:
@@ -121,15 +117,34 @@ def entries(model: Module, table: Table) -> list[Entry]:
         names = names if isinstance(names, As) else As(names)
         names = names._replace(name=_numbered(names.name, match.groups()))
         stacked = variable.shape[: names.name.count("{}")]
-        flat, order = _layout(parts[path[:-1]], str(path[-1]), variable.shape[len(stacked) :])
+        flat, order = _layout(layer, place, variable.shape[len(stacked) :])
         if names.order is not None:
             flat, order = variable.shape[len(stacked) :], names.order
         found.append(Entry(place, variable, names, stacked, flat, order))
     return found
 
 
-def _layout(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def bare_entries(model: Module, stacked: Callable[[str], int]) -> list[Entry]:
+    """The parameters and statistics of a model without names; `stacked` says how many first dims are layers."""
+    found = []
+    for place, variable, layer in _values(model):
+        shape = variable.shape[stacked(place) :]
+        first = variable.shape[: stacked(place)]
+        found.append(Entry(place, variable, As(place + "{}" * len(first)), first, *_layout(layer, place, shape)))
+    return found
+
+
+def _values(model: Module) -> Iterator[tuple[str, Variable, Any]]:
+    """Path, Variable and layer of each parameter and statistic."""
+    parts = dict(iter_graph(model))
+    for path, x in parts.items():
+        if isinstance(x, (Param, BatchStat)):
+            yield "/".join(map(str, path)), x, parts[path[:-1]]
+
+
+def _layout(layer: Any, path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Our dims, some joined, and for each of theirs which of them it is."""
+    name = path.rpartition("/")[2]
     if isinstance(layer, Linear) and name == "kernel":
         return shape, (1, 0)
     if isinstance(layer, Conv) and name == "kernel":

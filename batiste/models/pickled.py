@@ -24,6 +24,8 @@ LITERALS = {
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
     "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "UNICODE", "INT", "LONG", "FLOAT",
 }  # fmt: skip
+# what instructions raise that are damaged; also where warnings are errors, of texts with escapes
+DAMAGES = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, DeprecationWarning)
 NOTHING = {"PROTO", "FRAME"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -67,7 +69,7 @@ class Machine:
                 self.step(opcode.name, value)
         except WeightsError:
             raise
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
+        except DAMAGES as error:
             raise self.error("the pickle is damaged", f"{type(error).__name__}: {str(error)[:80]}") from None
         raise self.error("the pickle has no end", "no STOP")
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from batiste.graph.errors import ArgumentError
 
+LARGEST = 1 << 48  # elements; also where a dim of 0 hides the others
+
 
 class WeightsError(ArgumentError):
     """A file of weights is damaged, incomplete, hostile, or of another model."""
@@ -47,8 +49,8 @@ def checked_shape(dims: Any, at: str, most: int) -> tuple[int, ...]:
     Raises:
         WeightsError: they are no sizes, or claim more than the file can hold.
     """
-    fits = isinstance(dims, (list, tuple)) and len(dims) <= 8
-    if not fits or not all(type(dim) is int and dim >= 0 for dim in dims) or math.prod(dims) > most:
+    fits = isinstance(dims, (list, tuple)) and len(dims) <= 8 and all(type(dim) is int and dim >= 0 for dim in dims)
+    if not fits or math.prod(dims) > most or math.prod(max(dim, 1) for dim in dims) > LARGEST:
         raise WeightsError("a tensor's shape is no shape that the file can hold", at=at, got=str(dims)[:80],
                            expected=f"up to 8 sizes, {most} values together",
                            fix="fetch the file again")  # fmt: skip
