@@ -60,7 +60,7 @@ def reexport(
         tolerance=described.tolerance, golden=_part(golden, "inputs/"),
         tokenizer=(name, files[name]) if name and name in files else None,
         said={field: getattr(described, field) for field in
-              ("labels", "preprocess", "postprocess", "about", "builder", "config", "method", "fixed")},
+              ("labels", "preprocess", "postprocess", "about", "builder", "config", "method", "fixed", "forget")},
     )  # fmt: skip
     return written.to(Path(to), key, fs, expected=_part(golden, "outputs/"))
 
@@ -98,7 +98,8 @@ def _with_weights(built: Any, weights: Mapping[str, Any], described: Described) 
         model.eval()  # as it was, for in a bundle nothing is trained
     if tree is None and weights and (isinstance(model, linen.Module) or not is_graph_node(model)):
         tree = nested(weights)
-    options: Any = {"method": described.method, "fixed": described.fixed, "outputs": tuple(described.outputs)}
+    options: Any = {"outputs": tuple(described.outputs)}
+    options.update((name, getattr(described, name)) for name in ("method", "fixed", "forget"))
     made = pure(model, tree, tuple(described.inputs), **options)
     wrong = []
     for name, x in weights.items():

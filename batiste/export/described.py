@@ -47,6 +47,7 @@ class Described:
     about: dict[str, Any]
     method: str | None
     fixed: dict[str, Any]
+    forget: tuple[str, ...]
     builder: str | None
     config: dict[str, Any]
     environment: dict[str, str]
@@ -184,5 +185,5 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "calling_convention": _of(int), "weights": _specs(closed=True), "golden": _specs(closed=True),
     "tolerance": _of(float), "tokenizer": _maybe_text, "labels": lambda x: None if x is None else _strings(x),
     "preprocess": _maybe_text, "postprocess": _maybe_text, "about": _of(dict), "method": _maybe_text,
-    "fixed": _of(dict), "builder": _maybe_text, "config": _of(dict), "environment": _of(dict),
+    "fixed": _of(dict), "forget": _strings, "builder": _maybe_text, "config": _of(dict), "environment": _of(dict),
 }  # fmt: skip

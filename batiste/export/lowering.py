@@ -118,6 +118,9 @@ def lowered(
                           expected=f"at most {CONSTANT_BYTES}",
                           fix="export the module itself, or hand arrays over as weights=")  # fmt: skip
     used = used_weights(model, jaxpr.jaxpr)
+    if drawn := sorted(model.random.intersection(used)):
+        raise ExportError("The call draws random numbers, the same ones each time", got=", ".join(drawn),
+                          fix="call model.eval() first; or export a function that takes a key")  # fmt: skip
     if len(used) < len(model.weights):
         model = model.only(used)
         function = jax.jit(model.run)
@@ -147,9 +150,11 @@ def _nameless() -> Iterator[None]:
 
 
 def used_weights(model: Pure, jaxpr: Any) -> list[str]:
-    """The names of the weights that some equation takes; a program's first arguments are the weights, by name."""
-    taken = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, jex.Var)}
-    taken.update(v for v in jaxpr.outvars if isinstance(v, jex.Var))
+    """The names of the weights that the outputs depend on; a program's first arguments are the weights, by name."""
+    taken = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not taken.isdisjoint(eqn.outvars):
+            taken.update(v for v in eqn.invars if isinstance(v, jex.Var))
     return [name for name, v in zip(sorted(model.weights), jaxpr.invars) if v in taken]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from batiste.errors import ModifyScopeVariableError
 from batiste.graph import (
     Intermediate,
     Perturbation,
+    RngCount,
+    RngState,
     State,
     Variable,
     from_flat_state,
@@ -30,16 +33,17 @@ from batiste.graph.flatten import is_graph_node
 
 from .errors import ExportError
 
-MEASURED = (Intermediate, Perturbation)  # written for whoever looks on; the outputs do not depend on it
-EVAL = "call model.eval() first; or export a function that takes this state and returns it"
+HARMLESS = (Intermediate, Perturbation, RngCount)  # the outputs do not depend on it, or that is seen elsewhere
+EVAL = "call model.eval() first; or if each call may begin with the same state, forget=['its/path']"
 
 
 class Pure(NamedTuple):
-    """A function of weights and inputs to outputs, the weights, and the types of the model's parts."""
+    """A function of weights and inputs to outputs; the weights, types of the parts, names of weights that are random."""
 
     run: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     weights: dict[str, Any]
     parts: frozenset[type] = frozenset()
+    random: frozenset[str] = frozenset()
 
     def only(self, names: Sequence[str]) -> Pure:
         """With those weights as its argument; the others, which the outputs do not depend on, stay behind."""
@@ -60,12 +64,13 @@ def method_of(model: Any, method: str | None) -> str | None:
 
 def pure(
     model: Any, weights: Any, names: Sequence[str], *, method: str | None, fixed: Mapping[str, Any],
-    outputs: Sequence[str] | None,
+    outputs: Sequence[str] | None, forget: Sequence[str] = (),
 ) -> Pure:  # fmt: skip
     """The function of a live object, of a Linen module with variables, or of a function with a tree of weights.
 
     Args:
         names: of the inputs, in order.
+        forget: patterns of state that the call may write in vain.
 
     Raises:
         ArgumentError: the model is none of them.
@@ -78,13 +83,13 @@ def pure(
         if weights is not None:
             raise ArgumentError("An object holds its weights itself", got="weights=", fix="leave weights out")
         call = Call(getattr(model, method or "__call__"), names, fixed)
-        found = _of_object(model, lambda live, inputs: call(getattr(live, method or "__call__"), inputs))
+        found = _of_object(model, lambda live, inputs: call(getattr(live, method or "__call__"), inputs), forget)
     elif not callable(model):
         raise ArgumentError("This is no model", got=type(model).__name__,
                             expected="a module, a Linen module with weights=, or a function")  # fmt: skip
     elif _is_object(weights):
         call = Call(model, names, fixed)
-        found = _of_object(weights, lambda live, inputs: call(model, inputs, live))
+        found = _of_object(weights, lambda live, inputs: call(model, inputs, live), forget)
     else:
         found = _of_function(model, weights, Call(model, names, fixed))
     return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
@@ -99,10 +104,12 @@ class Call:
 
     def __init__(self, function: Callable[..., Any], names: Sequence[str], fixed: Mapping[str, Any]):
         try:
-            known = set(inspect.signature(function).parameters)
+            known = inspect.signature(function).parameters
         except (TypeError, ValueError):  # of a builtin
-            known = set()
-        self.positions = names if known.isdisjoint(names) else ()
+            known = {}
+        kinds = {p.kind for p in known.values()}
+        takes_any = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
+        self.positions = () if takes_any or set(known) & set(names) else names
         self.fixed = fixed
 
     def __call__(self, function: Callable[..., Any], inputs: Mapping[str, Any], *first: Any, **more: Any) -> Any:
@@ -111,36 +118,47 @@ class Call:
         return function(*first, **inputs, **self.fixed, **more)
 
 
-def _of_object(model: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Pure:
+def _of_object(model: Any, call: Callable[[Any, dict[str, Any]], Any], forget: Sequence[str]) -> Pure:
     graph, values = split(model)
     flat: list[tuple[Any, Any]] = list(to_flat_state(values))
-    trees = {"/".join(map(str, path)): _value(leaf) for path, leaf in flat}
-    weights, rebuild = named_leaves(trees)
+    weights, rebuild = named_leaves({_joined(path): _value(leaf) for path, leaf in flat})
+    random = {_joined(path) for path, leaf in flat if isinstance(leaf, RngState)}
 
     def run(weights: dict[str, Any], inputs: dict[str, Any]) -> Any:
         new = rebuild(weights)
-        pairs = [(path, leaf.replace(x) if isinstance(leaf, Variable) else x)
-                 for (path, leaf), x in zip(flat, new.values())]  # fmt: skip
+        pairs = []
+        for path, leaf in flat:
+            x = new[_joined(path)]
+            pairs.append((path, leaf.replace(x) if isinstance(leaf, Variable) else x))
         live = merge(graph, from_flat_state(pairs))
         output = call(live, inputs)
-        _refuse_writes(new, live)
+        _refuse_writes(new, live, forget)
         return output
 
-    return Pure(run, weights, frozenset(part_types(model)))
+    return Pure(run, weights, frozenset(part_types(model)), frozenset(random))
+
+
+def _joined(path: Sequence[Any]) -> str:
+    return "/".join(map(str, path))
 
 
 def _value(leaf: Any) -> Any:
     return leaf.get_value() if isinstance(leaf, Variable) else leaf
 
 
-def _refuse_writes(before: Mapping[str, Any], live: Any) -> None:
-    """Raises ExportError if a call changed values of an object, or gave it new ones."""
+def _refuse_writes(before: Mapping[str, Any], live: Any, forget: Sequence[str]) -> None:
+    """Raises ExportError if a call changed values of an object, or gave it new ones.
+
+    Counts of random numbers may move: whether a number has to do with the outputs is seen in the program.
+    """
     after: Any = state(live)
     written = {}
     for path, leaf in to_flat_state(after):
-        name = "/".join(map(str, path))
+        name = _joined(path)
+        if isinstance(leaf, HARMLESS) or any(fnmatch.fnmatchcase(name, pattern) for pattern in forget):
+            continue
         old, new = (jax.tree.leaves(tree) for tree in (before.get(name), _value(leaf)))
-        if not isinstance(leaf, MEASURED) and (len(old) != len(new) or any(a is not b for a, b in zip(old, new))):
+        if len(old) != len(new) or any(a is not b for a, b in zip(old, new)):
             written[name] = type(leaf).__name__
     if written:
         said = ", ".join(f"{kind} {name}" for name, kind in list(written.items())[:8])

@@ -32,8 +32,8 @@ def export(
     weights: Any = None, method: str | None = None, fixed: Mapping[str, Any] | None = None,
     outputs: Sequence[str] | None = None, limits: Mapping[str, int] | None = None,
     buckets: Mapping[str, Sequence[int]] | None = None, platforms: Sequence[str] = PLATFORMS,
-    golden: Mapping[str, Any] | None = None, tolerance: float = 1e-5, key: bytes | None = None,
-    tokenizer: str | os.PathLike[str] | None = None, labels: Sequence[str] | None = None,
+    forget: Sequence[str] = (), golden: Mapping[str, Any] | None = None, tolerance: float = 1e-5,
+    key: bytes | None = None, tokenizer: str | os.PathLike[str] | None = None, labels: Sequence[str] | None = None,
     preprocess: str | None = None, postprocess: str | None = None, about: Mapping[str, Any] | None = None,
     builder: str | None = None, config: Mapping[str, Any] | None = None, fs: Fs = FS,
 ) -> Bundle:  # fmt: skip
@@ -58,6 +58,7 @@ def export(
         limits: the largest value of open sizes, such as `{"length": 512}`.
         buckets: values to which open sizes are padded. Where JAX cannot leave sizes open, there is a program for each.
         platforms: where the program shall run; none of them needs to be here.
+        forget: patterns of state that the call writes in vain: each call begins with what it is now.
         golden: inputs to compare by, if not random ones.
         tolerance: to which the golden outputs agree.
         key: signs the manifest (HMAC-SHA256).
@@ -72,7 +73,7 @@ def export(
     """
     inputs = {name: ShapeDtype.of(given, f"input {name}") for name, given in signature.items()}
     written = Written(
-        model=pure(model, weights, tuple(inputs), method=method, fixed=fixed or {}, outputs=outputs),
+        model=pure(model, weights, tuple(inputs), method=method, fixed=fixed or {}, outputs=outputs, forget=forget),
         inputs=inputs, order=outputs,
         limits=dict(limits or {}), buckets=buckets or {}, platforms=platforms, golden=golden,
         tolerance=float(tolerance),
@@ -80,6 +81,7 @@ def export(
         said={
             "labels": None if labels is None else tuple(map(str, labels)), "preprocess": preprocess,
             "postprocess": postprocess, "about": dict(about or {}), "builder": builder, "config": dict(config or {}),
+            "forget": tuple(forget),
             "method": method_of(model, method) if builder else None, "fixed": dict(fixed or {}) if builder else {},
         },
     )  # fmt: skip

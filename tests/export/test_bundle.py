@@ -183,7 +183,45 @@ def test_a_call_that_writes_state(tmp_path: Path) -> None:
 
 def test_a_call_that_draws_random_numbers(tmp_path: Path) -> None:
     message = refused(tmp_path, nnx.Dropout(0.5, rngs=nnx.Rngs(0)), {"inputs": "float32[batch, 4]"})
-    assert "RngCount rngs/count" in message
+    assert "draws random numbers" in message and "rngs/count, rngs/key" in message
+
+
+class Counter(nnx.Module):
+    def __init__(self) -> None:
+        self.count = nnx.Variable(jnp.float32(0))
+
+    def __call__(self, x):
+        self.count[...] += 1
+        return x + self.count
+
+
+def test_a_state_with_which_each_call_begins_anew(tmp_path: Path) -> None:
+    assert "Variable count" in refused(tmp_path, Counter(), {"x": "float32[n]"})
+    bundle = export(Counter(), {"x": "float32[n]"}, tmp_path / "b", forget=["cou*"])
+    assert [bundle(x=ones(1))["output"][0] for _ in range(2)] == [2, 2]
+
+
+def test_draws_that_no_output_depends_on(tmp_path: Path) -> None:
+    rnn = nnx.RNN(nnx.SimpleCell(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("f4")
+    bundle = export(rnn, {"inputs": "float32[batch, 5, 4]"}, tmp_path / "b")
+    np.testing.assert_allclose(bundle(inputs=x)["output"], rnn(x), atol=1e-5)
+
+
+class Deep(nnx.Module):
+    def __init__(self, depth: int):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(n)) for n in range(depth)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_many_layers_keep_their_order(tmp_path: Path) -> None:
+    model, x = Deep(12), np.random.default_rng(0).normal(size=(2, 4)).astype("f4")
+    bundle = export(model, {"x": "float32[batch, 4]"}, tmp_path / "b")
+    np.testing.assert_allclose(bundle(x=x)["output"], model(x), atol=1e-5)
 
 
 class Talking(nnx.Module):
