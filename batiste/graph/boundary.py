@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec, Sharding
 
+from .captured import note_read, recorders
 from .errors import ArgumentError, CapturedError
 from .filters import to_predicates
 from .flatten import Flat, Walk, duplicate_error, is_graph_node
@@ -433,6 +434,10 @@ class Boundary:
 
     def values(self) -> tuple[list[Any], ...]:
         """The present values of the entry leaves, by label."""
+        if recorders:
+            for x, is_variable in zip(self.flat.leaves, self.flat.variables):
+                if is_variable:
+                    note_read(x)
         values = self.flat.values()
         return tuple([values[i] for i in positions] for positions in self.crossing.order)
 

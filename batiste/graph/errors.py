@@ -150,6 +150,18 @@ class StateMismatchWarning(BatisteWarning):
     """A state was written into a model that has other shapes, other kinds of values or other parts."""
 
 
+class StaleCaptureWarning(BatisteWarning):
+    """A compiled function reads a Variable that it was not given and that has changed: it is compiled again."""
+
+
+class SharedRandomnessWarning(BatisteWarning):
+    """All members of a mapped computation drew the same random numbers."""
+
+
+class UntiedWarning(BatisteWarning):
+    """A function of JAX took a model apart as a tree, and one Variable at two places became two."""
+
+
 def locate(at: Any) -> str:
     """The path of `at` in the model that is running, for an error message; text is returned as it is.
 

@@ -21,7 +21,7 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, ShapedArray)
 
 
 def check_fit(old: Any, new: Any, path: str | Path, what: str) -> None:
-    """Warns if an array, `what` stands at `path`, gets a value of another kind: another shape, whole numbers for fractions, no array.
+    """Warns if an array gets a value of another kind: of another shape, whole numbers for fractions, no array.
 
     Axes may come or go, as when the members of an ensemble are stacked; the precision may change. Inside a transform
     nothing is said: there a value is often a part of the whole.
@@ -41,8 +41,9 @@ def check_fit(old: Any, new: Any, path: str | Path, what: str) -> None:
     elif isinstance(new, (bool, int, float, complex)) and old.shape == ():
         return
     where = path if isinstance(path, str) else show_path(path)
-    warn(f"the {what} at {where} got another kind of value than it had: got {_described(new)}, expected {_described(old)}."
-         "\n  Fix: look whether the state belongs here; where the change is meant, give the target that shape first.",
+    warn(f"the {what} at {where} got another kind of value than it had: got {_described(new)}, expected "
+         f"{_described(old)}.\n  Fix: look whether the state belongs here; where the change is meant, give the target "
+         "that shape first.",
          StateMismatchWarning)  # fmt: skip
 
 

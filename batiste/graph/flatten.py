@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .errors import AliasError, StructureError
-from .jaxcompat import Tracer, is_ref, key_name, one_level
+from .captured import AT_REST
+from .errors import AliasError, StructureError, TraceContextError
+from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
 from .metadata import frozen_metadata
 from .pytree import Pytree, sorted_names
 from .states import State, key_order
@@ -320,6 +321,10 @@ class Walk:
         if kind == _IS_TRACER:
             if _has_identity(x):
                 return self.variable(x, path)
+            if current_trace() == AT_REST:
+                raise TraceContextError(f"a {type(x).__name__} is kept here, and the transform that it stood for a "
+                                        "value in has ended", at=show_path(path),
+                                        fix="return the value from the transformed function")  # fmt: skip
             self.leaf(x, path)
             return LEAF_DEF
         if kind == _IS_REF:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .boundary import Boundary, Note, is_root, write_back
+from .captured import note_read, recorders
 from .epoch import Epoch
 from .errors import BatisteError
 from .jaxcompat import current_trace
@@ -119,6 +120,10 @@ class Plan:
 
     def gather(self, leaves: Sequence[Any]) -> list[list[Any]]:
         """The present values, one list per label."""
+        if recorders:
+            for variables, _ in self.groups:
+                for v in variables:
+                    note_read(v)
         return [
             [v._raw_value for v in variables] + [read(leaves) for read in others]
             if others

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from .backing import current_defaults
+from .captured import AT_REST, note_read, recorders
 from .epoch import structure_changed
 from .errors import ShapeError, StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
@@ -160,6 +161,8 @@ class Variable(Generic[A], metaclass=VariableMeta):
 
     def get_value(self, *, index: Any = MISSING) -> A:
         """The value, or `value[index]`."""
+        if recorders:
+            note_read(self)
         value = self._raw_value
         hooks = self._var_metadata.get("on_get_value")
         if is_ref(value):
@@ -547,6 +550,8 @@ def _written(variable: Variable, raw: jax.Array, index: Any, value: Any) -> jax.
 
 
 def _flatten(variable: Variable):
+    if recorders:
+        note_read(variable)
     _last_flattened[0] = variable._trace_state
     if variable._home is not None:
         variable._home.delivered()
@@ -562,15 +567,14 @@ def _register_pytree(cls: type) -> None:
     def unflatten(frozen: Frozen, children):
         variable = cls._new(children[0], dict(frozen.items), frozen)
         trace = variable._trace_state
-        if trace != _AT_REST and trace != _last_flattened[0]:  # it came into a transform as a copy, and may not go back
+        if trace != AT_REST and trace != _last_flattened[0]:  # it came into a transform as a copy, and may not go back
             object.__setattr__(variable, "_home", Home(cls.__name__))
         return variable
 
     jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, unflatten, _flatten)
 
 
-_AT_REST = current_trace()
-_last_flattened: list[Any] = [_AT_REST]  # the trace level of the Variable that was flattened last
+_last_flattened: list[Any] = [AT_REST]  # the trace level of the Variable that was flattened last
 
 
 _register_pytree(Variable)

@@ -10,6 +10,9 @@ from typing import Any
 import jax
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, broadcast, is_root
+from batiste.graph.callers import warn
+from batiste.graph.errors import SharedRandomnessWarning
+from batiste.graph.rng import RngCount
 from batiste.graph.variable import MISSING
 
 from .axes import (
@@ -21,6 +24,7 @@ from .axes import (
     positional,
     without_axis_names,
 )
+from .compare import place
 from .compile import Arguments, _way
 
 
@@ -67,9 +71,22 @@ def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Ha
             out = jax.vmap(boundary.run, (boundary.labels,), boundary.labels, **options)(groups)
         except ValueError as error:
             raise explain_batched(error, boundary.crossing) from None
+        warn_of_shared_randomness(boundary)
         return boundary.leave(out)
 
     return mapped
+
+
+def warn_of_shared_randomness(boundary: Boundary) -> None:
+    """Warns if a random stream with the axis None was drawn from: each member drew with the same key."""
+    crossing = boundary.crossing
+    assert crossing.note is not None
+    shared = [n for n in crossing.note.changed if crossing.leaf_labels[n] is None]
+    streams = [place(crossing.paths[n][:-1]) for n in shared if isinstance(boundary.flat.leaves[n], RngCount)]
+    if streams:
+        warn(f"all members of nnx.{crossing.mode.name} drew the same random numbers: the stream "
+             f"{', '.join(streams[:4])} has the axis None.\n  Fix: split it, @nnx.split_rngs(splits=N) above the "
+             "transform, and map it along axis 0.", SharedRandomnessWarning)  # fmt: skip
 
 
 def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 0, out_axes: Any = 0,

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Self, TypeVar
 import jax
 
 from batiste.graph.boundary import Boundary, Mode, Rule, Rules, Shaped, broadcast, is_root
+from batiste.graph.callers import warn
+from batiste.graph.captured import Captured
 from batiste.graph.config import config
-from batiste.graph.errors import ArgumentError
+from batiste.graph.errors import ArgumentError, StaleCaptureWarning, locate
 from batiste.graph.flatten import ANY
 from batiste.graph.plan import Plan
 from batiste.graph.variable import MISSING, Variable
@@ -200,6 +202,7 @@ class JitWrapped:
             boundary, _ = self.enter(args, kwargs, static)
             program = self.program(boundary, static)
             plan = Plan(boundary, leaves, program, lambda _: self.forget(key))
+            plan.watches.append(program.captured.is_current)
             if static is None and not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)):
                 plan.types = list(map(type, args))
             self.plans[key] = plan
@@ -233,17 +236,31 @@ class JitWrapped:
         return boundary, groups
 
     def program(self, boundary: Boundary, static: Any) -> Any:
-        """The compiled function of this structure of arguments."""
+        """The compiled function of this structure of arguments; its `captured` is what else it rests on."""
         crossing = boundary.crossing
         key = (crossing.key(), static)
         program = self.programs.get(key)
-        if program is None:
+        if program is None or self.is_stale(program):
             program = self.programs[key] = self.build(crossing)
         return program
 
+    def is_stale(self, program: Any) -> bool:
+        """Whether a Variable that the function reads without getting it has changed, which is told of."""
+        stale = program.captured.stale()
+        if stale is not None:
+            name = getattr(self.fun, "__name__", "the function")
+            what = " ".join(filter(None, (stale.kind, locate(stale.variable()))))
+            warn(f"nnx.{self.mode.name} compiles {name} again: the {what} that it reads, and was not given, "
+                 "has changed.\n  Fix: pass the object that holds it as an argument.\n"
+                 f"  Read in: {stale.place}", StaleCaptureWarning)  # fmt: skip
+        return stale is not None
+
     def build(self, crossing: Any) -> Any:
+        captured = Captured()
+
         def run(*groups):
-            out = crossing.run(groups)
+            with captured.recording():
+                out = crossing.run(groups)
             return out, crossing.note
 
         run.__name__ = getattr(self.fun, "__name__", "fun")
@@ -257,7 +274,9 @@ class JitWrapped:
             options["in_shardings"] = shardings
         if self.out_shardings is not None or any(s is not None for s in shardings):
             options["out_shardings"] = (shardings, None)
-        return jax.jit(run, **options)
+        program: Any = jax.jit(run, **options)
+        program.captured = captured
+        return program
 
     # ------------------------------------------------------------ stages
     def trace(self, *args: Any, **kwargs: Any) -> Stage:
