@@ -15,6 +15,7 @@ from __future__ import annotations
 from .bert import BERTS, Bert, BertConfig, load_bert, save_bert
 from .configs import DECODERS, DecoderConfig
 from .decoder import RULES, Cache, Decoder
+from .drafts import propose_mapping
 from .files import open_weights
 from .generation import generate
 from .gguf import open_gguf
@@ -23,6 +24,7 @@ from .safetensors import open_safetensors
 from .sentences import SentenceEncoder
 from .tensors import WeightsError
 from .torch_files import open_torch
+from .verify import activations, torch_activations, verify
 from .weights import load_decoder, save_decoder
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "SentenceEncoder",
     "Table",
     "WeightsError",
+    "activations",
     "generate",
     "load_bert",
     "load_decoder",
@@ -45,6 +48,9 @@ __all__ = [
     "open_safetensors",
     "open_torch",
     "open_weights",
+    "propose_mapping",
     "save_bert",
     "save_decoder",
+    "torch_activations",
+    "verify",
 ]

@@ -82,7 +82,7 @@ class Entry(NamedTuple):
 
     def parts(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name of each tensor, and where in our value it goes."""
-        return ((_numbered(self.names.name, at), at) for at in np.ndindex(*self.stacked))
+        return ((numbered(self.names.name, at), at) for at in np.ndindex(*self.stacked))
 
     @property
     def theirs(self) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def entries(model: Module, table: Table) -> list[Entry]:
         if match is None:
             raise WeightsError("the table says nothing of a value of the model", at=place, fix="add a line to it")
         names = names if isinstance(names, As) else As(names)
-        names = names._replace(name=_numbered(names.name, match.groups()))
+        names = names._replace(name=numbered(names.name, match.groups()))
         stacked = variable.shape[: names.name.count("{}")]
         flat, order = _layout(layer, place, variable.shape[len(stacked) :])
         if names.order is not None:
@@ -156,7 +156,7 @@ def _layout(layer: Any, path: str, shape: tuple[int, ...]) -> tuple[tuple[int, .
     return shape, tuple(range(len(shape)))
 
 
-def _numbered(name: str, numbers: Iterable[Any]) -> str:
+def numbered(name: str, numbers: Iterable[Any]) -> str:
     """The first `{}` of the name as these numbers."""
     for number in numbers:
         name = name.replace("{}", str(number), 1)
