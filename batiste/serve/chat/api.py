@@ -267,9 +267,9 @@ def _guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaita
             return _json(error.body(), error.status, error.headers)
         except TimeoutError:
             return _json(RequestError(504, "The answer was not ready in time").body(), 504)
-        except Exception as error:
-            if type(error).__name__ == "ClientDisconnect":
-                raise
+        except need("starlette.requests", extra="serve").ClientDisconnect:
+            return _json(RequestError(400, "The client went away").body(), 400)  # which nobody reads
+        except Exception:
             log.exception("a request failed")
             return _json(RequestError(500, "Something went wrong here").body(), 500)
 
