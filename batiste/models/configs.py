@@ -4,9 +4,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from batiste.graph.errors import ArgumentError
+
+
+class Stretch(NamedTuple):
+    """How RoPE's long waves are stretched, for more positions than the first training had (Llama 3.1).
+
+    Args:
+        factor: by which.
+        low, high: waves that turn less than `low` times in `context` are stretched; more than `high` times, not at all.
+        context: positions of the first training.
+    """
+
+    factor: float = 8.0
+    low: float = 1.0
+    high: float = 4.0
+    context: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +41,7 @@ class DecoderConfig:
         qkv_bias, qk_norm: biases of queries, keys and values (Qwen2); RMSNorm of each head's queries and keys (Qwen3).
         window: how many positions attention looks back on; all if left out.
         rope_theta: the base of RoPE's wavelengths.
+        rope_stretch: how they are stretched.
         epsilon: of RMSNorm.
         z_loss: weight of (log Z)² in the loss.
         context: the number of positions the model was trained for.
@@ -51,6 +67,7 @@ class DecoderConfig:
     qk_norm: bool = False
     window: int | None = None
     rope_theta: float = 1e4
+    rope_stretch: Stretch | None = None
     epsilon: float = 1e-5
     z_loss: float = 0.0
     context: int = 2048
@@ -107,6 +124,10 @@ DECODERS: dict[str, DecoderConfig] = {
     "smollm2-360m": _c(49152, 960, 32, 15, 5, 2560, rope_theta=1e5, context=8192),
     "llama2-7b": _c(32000, 4096, 32, 32, 32, 11008, tied=False, context=4096),
     "llama3-8b": _c(128256, 4096, 32, 32, 8, 14336, tied=False, rope_theta=5e5, context=8192),
+    "llama3.1-8b": _c(
+        128256, 4096, 32, 32, 8, 14336, tied=False, rope_theta=5e5, rope_stretch=Stretch(), context=131072
+    ),
+    "llama3.2-1b": _c(128256, 2048, 16, 32, 8, 8192, rope_theta=5e5, rope_stretch=Stretch(32.0), context=131072),
     "mistral-7b": _c(32000, 4096, 32, 32, 8, 14336, tied=False, window=4096, context=32768),
     "qwen2-0.5b": _c(151936, 896, 24, 14, 2, 4864, qkv_bias=True, rope_theta=1e6, epsilon=1e-6, context=32768),
     "qwen3-0.6b": _c(151936, 1024, 28, 16, 8, 3072, 128, qk_norm=True, rope_theta=1e6, epsilon=1e-6, context=40960),

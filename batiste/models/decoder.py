@@ -14,8 +14,10 @@ Source: Touvron et al. 2023, "Llama 2", section 2.2; Chowdhery et al. 2022, "PaL
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -25,7 +27,7 @@ from batiste.graph.errors import ShapeError
 from batiste.nn.losses import TokenLoss, chunked_cross_entropy
 from batiste.nn.stack import Stack
 
-from .configs import DecoderConfig
+from .configs import DecoderConfig, Stretch
 
 RULES = (
     ("embed/embedding", ("vocab", None)),
@@ -44,7 +46,12 @@ With fewer heads of keys than devices, keep them whole: `names={"kv_heads": None
 
 
 class Cache(NamedTuple):
-    """What attention remembers: keys and values of all layers, and how many positions are filled."""
+    """What attention remembers: keys and values of all layers, and how many positions are filled: one number, or [B].
+
+    What lies past the filled positions is not seen, and is written over: to forget the last tokens, or the padding
+    behind a row's own, lower `filled`. With a window, position t lies in place t % S, so that S = window + P places
+    do for any length, where P tokens are read at a time at most.
+    """
 
     k_LBSKC: Array
     v_LBSKC: Array
@@ -78,8 +85,8 @@ class Decoder(Module):
             raise ShapeError("a decoder reads rows of tokens", at=self, got=tokens_BT.shape, expected="(batch, length)",
                              fix="add a dim of size 1: tokens[None]")  # fmt: skip
         length, start = tokens_BT.shape[1], 0 if cache is None else cache.filled
-        positions_T = jnp.arange(length) + start
-        rope = rope_angles(positions_T, self.config.depth, self.config.rope_theta)
+        positions_T = jnp.add.outer(jnp.asarray(start), jnp.arange(length))  # [B, T], where rows have their own
+        rope = rope_angles(positions_T, self.config.depth, self.config.rope_theta, self.config.rope_stretch)
         each = None if cache is None else (cache.k_LBSKC, cache.v_LBSKC)
         x_BTD, kept = self.blocks(self.embed(tokens_BT), *rope, positions_T, each=each)
         return self.norm(x_BTD), None if cache is None else Cache(kept[0], kept[1], cache.filled + length)
@@ -105,11 +112,16 @@ class Decoder(Module):
         return chunked_cross_entropy(x_BTD, self.head_DV(), tokens_BT[:, 1:], weights, chunks=chunks,
                                      z_loss=self.config.z_loss if z_loss is None else z_loss)  # fmt: skip
 
-    def cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` positions, in the dtype in which the model computes."""
+    def cache(self, batch: int, length: int, *, per_row: bool = False) -> Cache:
+        """An empty cache for `length` positions, in the dtype in which the model computes.
+
+        Args:
+            per_row: rows are filled each on its own.
+        """
         c = self.config
         shape = (c.layers, batch, length, c.kv_heads, c.depth)
-        return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype), jnp.int32(0))
+        return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype),
+                     jnp.zeros((batch,) if per_row else (), jnp.int32))  # fmt: skip
 
 
 class Block(Module):
@@ -158,9 +170,13 @@ class Attention(Module):
             mask = None if self.window is None else seen(positions_T, positions_T, self.window)
             y_BTHC = nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask, is_causal=mask is None)
             return self.out(y_BTHC), None
-        k_BSKC, v_BSKC = (lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), positions_T[0], axis=1)
+        is_ring, places = self.window is not None, cached[0].shape[1]
+        k_BSKC, v_BSKC = (kept(old, new.astype(old.dtype), positions_T, is_ring)
                           for old, new in zip(cached, (k_BTKC, v_BTKC)))  # fmt: skip
-        mask = seen(positions_T, jnp.arange(k_BSKC.shape[1]), self.window)
+        positions_S = jnp.broadcast_to(jnp.arange(places), (*positions_T.shape[:-1], places))
+        if is_ring:  # the last position so far that lies in each place
+            positions_S = positions_T[..., -1:] - (positions_T[..., -1:] - positions_S) % places
+        mask = seen(positions_T, positions_S, self.window)
         return self.out(nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask=mask)), (k_BSKC, v_BSKC)
 
 
@@ -181,16 +197,28 @@ class Mlp(Module):
         return self.down(nn.gelu(up_BTF) if self.gate is None else nn.silu(self.gate(x_BTD)) * up_BTF)
 
 
-def rope_angles(positions_T: Array, depth: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of t · theta^(-2i / depth), i = 0 … depth / 2 - 1, as [T, depth / 2] in float32
+def rope_angles(positions_T: Array, depth: int, theta: float, stretch: Stretch | None = None) -> tuple[Array, Array]:
+    """cos and sin of t · theta^(-2i / depth), i = 0 … depth / 2 - 1, as [T, depth / 2] in float32; [B, T, …] of rows
 
     >>> cos, sin = rope_angles(jnp.array([0, 1]), 4, 100.0)
     >>> [[round(float(x), 2) for x in row] for row in sin]
     [[0.0, 0.0], [0.84, 0.1]]
     """
     frequencies_C = theta ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
-    angles_TC = positions_T.astype(jnp.float32)[:, None] * frequencies_C[None, :]
+    if stretch is not None:
+        frequencies_C = stretched(frequencies_C, stretch)
+    angles_TC = jnp.multiply.outer(positions_T.astype(jnp.float32), frequencies_C)
     return jnp.cos(angles_TC), jnp.sin(angles_TC)
+
+
+def stretched(frequencies_C: Array, stretch: Stretch) -> Array:
+    """f (1 - s) / factor + f s, where s rises from 0 to 1 with the turns that fit into the context of training
+
+    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.2, with Llama 3.1's published code.
+    """
+    turns_C = stretch.context * frequencies_C / (2 * math.pi)
+    smooth_C = jnp.clip((turns_C - stretch.low) / (stretch.high - stretch.low), 0, 1)
+    return frequencies_C * ((1 - smooth_C) / stretch.factor + smooth_C)
 
 
 def rotated(x_BTHC: Array, cos_TC: Array, sin_TC: Array) -> Array:
@@ -198,12 +226,29 @@ def rotated(x_BTHC: Array, cos_TC: Array, sin_TC: Array) -> Array:
 
     Source: Su et al. 2021, eq. 34, with the halves as pairs, as in Hugging Face's checkpoints.
     """
-    cos, sin = cos_TC[None, :, None, :], sin_TC[None, :, None, :]
+    cos, sin = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (cos_TC, sin_TC))
     a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
 
 
 def seen(positions_T: Array, positions_S: Array, window: int | None) -> Array:
-    """[T, S]: whether s ≤ t, and t - s < window"""
-    past_TS = positions_T[:, None] - positions_S[None, :]
-    return (past_TS >= 0) if window is None else (past_TS >= 0) & (past_TS < window)
+    """[T, S]: whether 0 ≤ s ≤ t, and t - s < window; [B, 1, T, S], where rows have their own positions"""
+    past_TS = positions_T[..., :, None] - positions_S[..., None, :]
+    mask_TS = (past_TS >= 0) & (positions_S >= 0)[..., None, :]
+    if window is not None:
+        mask_TS &= past_TS < window
+    return mask_TS if mask_TS.ndim == 2 else mask_TS[:, None]
+
+
+def kept(old_BSKC: Array, new_BTKC: Array, positions_T: Array, is_ring: bool) -> Array:
+    """The cache of a layer with what is new, at its positions; in a ring, at the rests of these."""
+    places, length = old_BSKC.shape[1], new_BTKC.shape[1]
+    if is_ring and length > 1:
+        at_BT = jnp.broadcast_to(positions_T % places, new_BTKC.shape[:2])
+        return jax.vmap(lambda old, new, at: old.at[at].set(new))(old_BSKC, new_BTKC, at_BT)
+    first = positions_T[..., 0] % places if is_ring else positions_T[..., 0]
+    if first.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(old_BSKC, new_BTKC, first, axis=1)
+    return jax.vmap(lambda old, new, at: lax.dynamic_update_slice_in_dim(old, new, at, axis=0))(
+        old_BSKC, new_BTKC, first
+    )
