@@ -76,10 +76,23 @@ class DynamicScale(struct.PyTreeNode):
 
     def _after(self, finite: jax.Array) -> DynamicScale:
         """The scale for the next step."""
-        grow = self.fin_steps == self.growth_interval
-        largest = jnp.finfo(jnp.float32).max
-        grown = jnp.where(grow & finite, jnp.minimum(self.scale * self.growth_factor, largest), self.scale)
-        scale = jnp.where(finite, grown, self.scale * self.backoff_factor)
-        if self.minimum_scale is not None:
-            scale = jnp.maximum(scale, self.minimum_scale)
-        return self.replace(fin_steps=jnp.where(grow | ~finite, 0, self.fin_steps + 1), scale=scale)
+        scale, steps = adapted(
+            self.scale, self.fin_steps, finite, interval=self.growth_interval, grow=self.growth_factor,
+            shrink=self.backoff_factor, least=self.minimum_scale,
+        )  # fmt: skip
+        return self.replace(fin_steps=steps, scale=scale)
+
+
+def adapted(
+    scale: Any, steps: Any, finite: jax.Array, *, interval: int, grow: float, shrink: float, least: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """The scale for the next step, and how many steps with finite gradients it has seen.
+
+    A finite step after `interval` others makes the scale `grow`; one that is not finite makes it `shrink`.
+    """
+    full = steps == interval
+    grown = jnp.where(full & finite, jnp.minimum(scale * grow, jnp.finfo(jnp.float32).max), scale)
+    scale = jnp.where(finite, grown, scale * shrink)
+    if least is not None:
+        scale = jnp.maximum(scale, least)
+    return scale, jnp.where(full | ~finite, 0, steps + 1)

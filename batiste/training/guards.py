@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guards: what a training step does about values that are not finite or that spike, decided on the device.
 
-    ok = finite(loss, gradients, what the update made) and (loss, norm) ≤ mean + sigma · deviation
+    ok = finite(loss, norm of the gradients, optimizer) and (loss, norm) ≤ mean + sigma · deviation
+    parameters, optimizer, averages ← update      if ok, else what they were
+    parameters, averages ← what they were         if the update made them not finite all the same
 
-A step that is not ok is left out, clipped or rolled back by `where(ok, new, old)` over all that it carries: parameters,
-statistics, random streams, optimizer, averages. So a run that skipped a batch is, bit for bit, a run without it.
+All but the last is known before the update, which is then not made at all: so a step pays for no second copy of the
+optimizer's state, and a run that skipped a batch is, bit for bit, a run without it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from batiste.graph import List, Pytree, Variable, data
 from batiste.graph.errors import ArgumentError, BatisteError
 
-from .optimizer import OptState
+from .dynamic_scale import adapted
 
 __all__ = ["FINE", "NONFINITE", "SPIKE", "Guard", "LossScale", "NonFiniteError", "StepState"]
 
@@ -109,46 +112,63 @@ class Guard(Pytree):
         usual = jnp.minimum(1.0, self.mean[...][1] / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         return jnp.where(spiking, usual, 1.0)
 
-    def judge(self, loss: jax.Array, norm: jax.Array, carried: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
-        """Keeps or refuses what the step wrote into `carried`, which held `before`; returns the verdict.
+    def judge(self, loss: jax.Array, norm: jax.Array, made: Iterable[Any]) -> tuple[jax.Array, jax.Array]:
+        """The verdict on a step before its update, and whether the update may be made.
 
-        What an optimizer keeps is not looked at: a moment that is not finite shows in the parameters it updates.
+        Args:
+            made: what the step wrote so far, and the state of the optimizer.
         """
         figures = _figures(loss, norm)
-        written = ((v, v.get_value(), old) for v, old in zip(carried, before))
-        made = [new for v, new, old in written if new is not old and not isinstance(v, OptState)]
         finite = jnp.isfinite(figures).all() & all_finite(made)
         spiking = finite & jnp.any(figures > self.limit())
         verdict = jnp.where(spiking, SPIKE, FINE) if self.spike != "off" else jnp.int32(FINE)
-        verdict = jnp.where(finite, verdict, NONFINITE if self.nonfinite != "off" else FINE)
-        refused = ((verdict == SPIKE) & (self.spike != "clip")) | (verdict == NONFINITE)
-        self._settle(verdict, refused, carried, before)
-        self._learn(figures, finite, refused, spiking)
-        return verdict.astype(jnp.int32)
+        verdict = jnp.where(finite, verdict, NONFINITE if self.nonfinite != "off" else FINE).astype(jnp.int32)
+        return verdict, ~(self._refuses(verdict) | self.halted[...])
 
-    def _settle(self, verdict: Any, refused: Any, carried: Sequence[Variable], before: Sequence[Any]) -> None:
-        """new, old or the snapshot, by verdict."""
+    def restore(self, targets: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
+        """Gives what an update wrote its values of before, unless all are finite; returns whether they were."""
+        after = [v.get_value() for v in targets]
+        sound = all_finite(after) | (self.nonfinite == "off")
+        for variable, value in zip(targets, lax.cond(sound, lambda: after, lambda: list(before))):
+            variable.set_value(value)
+        return sound
+
+    def settle(
+        self, verdict: jax.Array, sound: jax.Array, loss: jax.Array, norm: jax.Array, carried: Sequence[Variable]
+    ) -> jax.Array:
+        """Counts, keeps or restores the snapshot, and learns what is usual; returns the final verdict.
+
+        Args:
+            sound: whether what the update made was finite.
+        """
+        verdict = jnp.where(sound, verdict, NONFINITE)
+        refused, frozen = self._refuses(verdict), self.halted[...]
         chosen = {NONFINITE: self.nonfinite, SPIKE: self.spike}
         halt, back = (sum(verdict == n for n, policy in chosen.items() if policy == word) > 0
                       for word in ("raise", "rollback"))  # fmt: skip
-        frozen = self.halted[...]
         back = back & ~frozen
         self.halted[...] = frozen | halt | (refused & (self.streak[...] + 1 >= self.patience) & (verdict == NONFINITE))
-        keep = ~(refused | frozen)
-        take = keep & ((self.good[...] + 1) % self.every == 0)
-        for n, (variable, old) in enumerate(zip(carried, before)):
-            value = variable.get_value()
-            if value is not old:
-                value = jax.tree.map(lambda a, b: jnp.where(keep, a, b), value, old)
-            if self.snapshot is not None:
-                saved = self.snapshot[n]
-                value = jax.tree.map(lambda a, s: jnp.where(back, s, a), value, saved.get_value())
-                saved.set_value(jax.tree.map(lambda a, s: jnp.where(take, a, s), value, saved.get_value()))
-            if value is not old:
-                variable.set_value(value)
+        if self.snapshot is not None:
+            take = ~(refused | frozen) & ((self.good[...] + 1) % self.every == 0)
+            self._turn(jnp.where(back, 1, jnp.where(take, 2, 0)), carried)
         self.skipped[...] += (refused & ~frozen).astype(jnp.int32)
         self.spikes[...] += ((verdict == SPIKE) & ~frozen).astype(jnp.int32)
         self.rollbacks[...] += jnp.int32(back)
+        figures = _figures(loss, norm)
+        finite = (verdict != NONFINITE) & jnp.isfinite(figures).all()
+        self._learn(figures, finite, refused, finite & jnp.any(figures > self.limit()))
+        return verdict
+
+    def _refuses(self, verdict: jax.Array) -> jax.Array:
+        return ((verdict == SPIKE) & (self.spike != "clip")) | (verdict == NONFINITE)
+
+    def _turn(self, which: jax.Array, carried: Sequence[Variable]) -> None:
+        """0: nothing; 1: back to the snapshot; 2: a new snapshot."""
+        choices = [lambda now, saved: (now, saved), lambda _, saved: (saved, saved), lambda now, _: (now, now)]
+        values = [[v.get_value() for v in variables] for variables in (carried, self.snapshot)]
+        for variables, new in zip((carried, self.snapshot), lax.switch(which, choices, *values)):
+            for variable, value in zip(variables, new):
+                variable.set_value(value)
 
     def _learn(self, figures: Any, finite: Any, refused: Any, spiking: Any) -> None:
         """Mean and mean of squares over the window, of good steps alone; a level that stays is the new one."""
@@ -206,17 +226,20 @@ class LossScale(Pytree):
 
     def adapt(self, finite: jax.Array) -> None:
         """After a step whose gradients were finite, or not."""
-        grow = finite & (self.steps[...] + 1 >= self.interval)
-        largest = jnp.finfo(jnp.float32).max / self.factor
-        factor = jnp.where(finite, jnp.where(grow, self.factor, 1.0), 1.0 / self.factor)
-        self.scale[...] = jnp.clip(self.scale[...] * factor, self.least, largest)
-        self.steps[...] = jnp.where(grow | ~finite, 0, self.steps[...] + 1)
+        self.scale[...], self.steps[...] = adapted(
+            self.scale[...], self.steps[...], finite, interval=self.interval - 1, grow=self.factor,
+            shrink=1 / self.factor, least=self.least,
+        )  # fmt: skip
 
 
 def all_finite(values: Iterable[Any]) -> jax.Array:
-    """Whether every float in these trees is finite."""
+    """Whether every float in these trees is finite, and so is the sum over dim 0, in float32 at least.
+
+    A sum takes half the time of a conjunction: what is not finite makes it not finite.
+    """
     leaves = [x for x in jax.tree.leaves(list(values)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
+    sums = [jnp.sum(x, axis=0 if jnp.ndim(x) else None, dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+    return jnp.stack([jnp.isfinite(total).all() for total in sums]).all() if sums else jnp.array(True)
 
 
 def _figures(loss: jax.Array, norm: jax.Array) -> jax.Array:

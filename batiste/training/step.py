@@ -12,22 +12,24 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from batiste.graph import Param, Pytree, Variable, iter_graph
+from batiste.graph import Param, Pytree, Variable, iter_graph, to_predicate
 from batiste.graph.errors import ArgumentError, CallError
 from batiste.graph.structure import show_path
 from batiste.precision import Policy
 from batiste.precision import policy as policy_named
 from batiste.transforms.autodiff import DiffState, value_and_grad
+from batiste.transforms.branches import cond
 from batiste.transforms.compile import jit
 
 from .accumulate import accumulated
 from .ema import EMA
-from .guards import Guard, LossScale, all_finite
+from .guards import FINE, Guard, LossScale, all_finite
 
 __all__ = ["TrainStep", "Trainable", "global_norm", "train_step"]
 
@@ -101,25 +103,35 @@ class TrainStep:
             gradients = jax.tree.map(lambda g: (g / scale.scale[...]).astype(g.dtype), gradients)
             loss = loss / scale.scale[...]
         norm = global_norm(gradients)
+        metrics = {"loss": loss, "grad_norm": norm, **metrics}
         factor = jnp.float32(1) if self.clip is None else jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
         if guard is not None:
             factor = jnp.minimum(factor, guard.shrink(loss, norm))
         if self.clip is not None or (guard is not None and guard.spike == "clip"):
             gradients = jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients)
-        optimizer.update(model, gradients)
-        if ema is not None:
-            ema.update(model)
-        metrics = {"loss": loss, "grad_norm": norm, **metrics}
+        go, verdict = jnp.array(True), jnp.int32(FINE)
         if scale is not None:
-            overflowed = ~all_finite([gradients])
-            _put_back(overflowed, carried, before)
-            excused = overflowed & (scale.scale[...] > scale.least)  # a smaller scale may mend it: not for the guard
+            go = all_finite([gradients])
+            excused = ~go & (scale.scale[...] > scale.least)  # a smaller scale may mend it: not for the guard
+            _put_back(~go, carried, before)
             if guard is not None:
                 norm = jnp.where(excused, guard.mean[...][1], norm)
-            scale.adapt(~overflowed)
+            scale.adapt(go)
             metrics["loss_scale"] = scale.scale[...]
         if guard is not None:
-            metrics["verdict"] = guard.judge(loss, norm, carried, before)
+            changed = [v.get_value() for v, old in zip(carried, before) if v.get_value() is not old]
+            verdict, allowed = guard.judge(loss, norm, changed + [v.get_value() for v in variables_of(optimizer)])
+            _put_back(~allowed, carried, before)
+            go = go & allowed
+        if guard is None and scale is None:
+            _learn(gradients, model, optimizer, ema)
+            return metrics
+        targets = [*selected(model, optimizer.wrt), *variables_of(ema)]
+        untouched = [v.get_value() for v in targets]
+        cond(go, partial(_learn, gradients), lambda *_: None, model, optimizer, ema)
+        if guard is not None:
+            sound = guard.restore(targets, untouched)
+            metrics["verdict"] = guard.settle(verdict, sound, loss, norm, carried)
             metrics["halted"] = guard.halted[...]
         return metrics
 
@@ -241,10 +253,22 @@ def variables_of(tree: Any) -> list[Variable]:
     return [x for _, x in iter_graph(tree, graph=True) if isinstance(x, Variable)]
 
 
+def selected(model: Any, wrt: Any) -> list[Variable]:
+    """The Variables of a model that a filter selects, each once."""
+    wanted = to_predicate(wrt)
+    return [x for path, x in iter_graph(model, graph=True) if isinstance(x, Variable) and wanted(path, x)]
+
+
 def global_norm(tree: Any) -> jax.Array:
     """√ Σ x², over all values of a tree, summed in float32"""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def _learn(gradients: Any, model: Any, optimizer: Any, ema: EMA | None) -> None:
+    optimizer.update(model, gradients)
+    if ema is not None:
+        ema.update(model)
 
 
 def _put_back(refused: jax.Array, carried: list[Variable], before: list[Any]) -> None:

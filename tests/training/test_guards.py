@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from batiste.training.step import Extras
 from tests.training.test_step import ADAM, X, Y, assert_same, pair, values
 
 CLEAN = jnp.float32(1)
+SEEDS = range(5 if os.environ.get("BATISTE_FAULTS") == "long" else 1)
 PLACES = ("batch", "loss", "gradient", "parameter", "optimizer", "schedule")
 
 
@@ -50,8 +52,8 @@ def compiled(policy: Any) -> TrainStep:
 class Poison:
     """Batches, models and optimizers with one value that is not finite, in one place."""
 
-    def __init__(self, place: str, value: float, at: int):
-        self.place, self.value, self.at = place, jnp.float32(value), at
+    def __init__(self, place: str, value: float, at: int, spot: tuple[int, int] = (1, 1)):
+        self.place, self.value, self.at, self.spot = place, jnp.float32(value), at, spot
 
     def optimizer(self) -> Any:
         return schedule(str(self.value), self.at) if self.place == "schedule" else ADAM
@@ -62,28 +64,31 @@ class Poison:
         rng = np.random.default_rng(n)
         x = rng.normal(size=X.shape).astype(np.float32)
         if here and self.place == "batch":
-            x[2, 1] = self.value
+            x[self.spot] = self.value
         multiply = {place: self.value if here and self.place == place else CLEAN for place in ("loss", "gradient")}
         return x, Y, multiply["loss"], multiply["gradient"]
 
     def strike(self, n: int, model: Any, optimizer: Any) -> None:
         """What no batch can do: writes into the state before the n-th step."""
         if n == self.at and self.place == "parameter":
-            model.first.kernel[...] = model.first.kernel[...].at[1, 1].set(self.value)
+            model.first.kernel[...] = model.first.kernel[...].at[self.spot].set(self.value)
         if n == self.at and self.place == "optimizer":
             moment = optimizer.opt_state[0].mu["first"]["kernel"]
-            moment[...] = moment[...].at[1, 1].set(self.value)
+            moment[...] = moment[...].at[self.spot].set(self.value)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("policy", ["skip", "rollback", "raise"])
-def test_what_is_not_finite_is_caught_at_its_step(policy: Any, place: str, value: float) -> None:
-    poison, at = Poison(place, value, 3), 3
+def test_what_is_not_finite_is_caught_at_its_step(policy: Any, place: str, value: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    at = 3 if place == "schedule" else int(rng.integers(1, 5))  # of a schedule it is part of the program
+    poison = Poison(place, value, at, (int(rng.integers(X.shape[1])), int(rng.integers(X.shape[1]))))
     model, optimizer = pair(tx=poison.optimizer())
     step = compiled(policy)
     step.extras = Extras(Guard(policy, every=1, patience=100), None, None)
-    lasting = place == "schedule" or (place in ("parameter", "optimizer") and policy != "rollback")
+    lasting = place in {"rollback": ("schedule",)}.get(policy, ("parameter", "optimizer"))
     for n in range(6):
         poison.strike(n, model, optimizer)
         before = values(model, optimizer)
@@ -102,7 +107,7 @@ def test_what_is_not_finite_is_caught_at_its_step(policy: Any, place: str, value
         assert_same(values(model, optimizer), before)
     else:
         step.guard.check()
-        assert step.guard.counts()["rollbacks"] == (policy == "rollback") * (3 if lasting else 1)
+        assert step.guard.counts()["rollbacks"] == (policy == "rollback") * (6 - at if lasting else 1)
 
 
 @pytest.mark.parametrize("place", ["batch", "loss", "gradient"])
