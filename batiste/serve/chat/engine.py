@@ -226,27 +226,28 @@ class Engine:
 
     # ------------------------------------------------------------ the thread
     def _run(self) -> None:
-        while True:
+        try:
+            while self._goes_on():
+                self._beat = time.monotonic()
+                self._leave()
+                self._admit()
+                for group in self._groups:
+                    self._advanced(group)
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: not self._running or self._waiting or self._busy())
-                if not self._running:
-                    break
-            self._beat = time.monotonic()
-            self._leave()
-            self._admit()
+                self._open = False
+                left = self._waiting.take(lambda job: True)
             for group in self._groups:
-                try:
-                    self._advance(group)
-                except Exception:
-                    log.exception("a program failed: the jobs in its slots are given up")
-                    for slot in group.held:
-                        self._free(group, slot, "failed")
-                    group.lost = True
-        for group in self._groups:
-            for slot in group.held:
-                self._free(group, slot, "closed")
-        for job in self._waiting.take(lambda job: True):
-            self._told(job, "closed")
+                for slot in group.held:
+                    self._free(group, slot, "closed")
+            for job in left:
+                self._told(job, "closed")
+
+    def _goes_on(self) -> bool:
+        """Waits for something to do; False if the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running or self._waiting or self._busy())
+            return self._running
 
     def _busy(self) -> int:
         return sum(group.busy for group in self._groups)
@@ -274,6 +275,15 @@ class Engine:
                     if job is not None:
                         group.by_slot[slot] = _Held(job, time.monotonic())
             longest = group.slots.length
+
+    def _advanced(self, group: _Group) -> None:
+        try:
+            self._advance(group)
+        except Exception:
+            log.exception("a program failed: the jobs in its slots are given up")
+            group.lost = True
+            for slot in group.held:
+                self._free(group, slot, "failed")
 
     def _advance(self, group: _Group) -> None:
         """Reads pieces of prompts, the oldest first, and takes a step."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,13 +36,20 @@ class LanguageModel:
         self.template = template or template_of(None, tokenizer.specials)
         self.ends = frozenset(ends) | self.template.ends(tokenizer)
         self.created = int(time.time())
+        self._most_characters = engine.length * getattr(tokenizer, "longest", math.inf)
 
     def prompts(self, ask: Ask) -> list[list[int]]:
         """The tokens of what is asked.
 
         Raises:
-            RequestError: tokens are outside the vocabulary, or messages are not taken by the template.
+            RequestError: tokens are outside the vocabulary, texts too long by far, messages not for the template.
         """
+        texts = [prompt.content if isinstance(prompt, Message) else prompt for prompt in ask.prompt]
+        longest = sum(map(len, texts)) if self.chats(ask) else max(map(len, texts))
+        if longest > self._most_characters:  # what cannot fit is not even read
+            field = "messages" if self.chats(ask) else "prompt"
+            raise RequestError(400, f"The context is {self.engine.length} tokens, {field!r} has {longest} characters",
+                               param=field, code="context_length_exceeded")  # fmt: skip
         if self.chats(ask):
             try:
                 return [self.template.tokens(ask.prompt, self.tokenizer)]

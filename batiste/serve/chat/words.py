@@ -31,6 +31,7 @@ class Words:
         own.no_truncation()
         added = own.get_added_tokens_decoder()
         self._own = own
+        self.longest = max(map(len, own.get_vocab()), default=1)  # of a token's text, in characters
         self._specials = {token.content: number for number, token in added.items() if token.special}
 
     @property

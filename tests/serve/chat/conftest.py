@@ -89,6 +89,7 @@ def asked_maker():
 class Bytes:
     """Text as its bytes in UTF-8; special tokens take numbers that are no such bytes."""
 
+    longest = 1
     specials: ClassVar = {"<|im_start|>": 0xFE, "<|im_end|>": 0xFF, "<|endoftext|>": 0xFD}
 
     def encode(self, text: str) -> list[int]:

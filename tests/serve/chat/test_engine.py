@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import jax
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from batiste import nnx
+from batiste.graph import Rngs
 from batiste.graph.errors import ArgumentError
-from batiste.models import generate
+from batiste.models import DECODERS, Decoder, generate
 from batiste.serve.chat.engine import Engine, Refused
 from batiste.serve.chat.sampling import Sampling
 from batiste.serve.chat.slots import Slots
@@ -221,6 +223,14 @@ def test_slots_of_several_lengths(model, slots, answer, asked) -> None:
         assert engine.figures.tokens == 40
 
 
+def test_a_window_is_kept(answer, asked) -> None:
+    model = Decoder(DECODERS["tiny"].replace(window=8, layers=1), rngs=Rngs(0))
+    p = prompt(13)
+    with Engine(Slots(model, count=2, length=32, pieces=(8,))) as engine:
+        found = asked(engine, answer(p, 12), answer(p[:3], 12))
+    assert found[0] == np.asarray(generate(model, jnp.array([p]), 12))[0, 13:].tolist()
+
+
 def test_wrong_sizes_of_slots(model) -> None:
     for wrong in (
         dict(count=0),
@@ -233,3 +243,15 @@ def test_wrong_sizes_of_slots(model) -> None:
             Slots(model, **wrong)
     with pytest.raises(ArgumentError):
         Engine([])
+
+
+def test_an_engine_whose_thread_breaks_refuses(slots, answer, monkeypatch) -> None:
+    slots.clear()
+    engine = Engine(slots)
+    monkeypatch.setattr(threading, "excepthook", lambda failed: None)
+    monkeypatch.setattr(engine, "_leave", lambda: 1 / 0)
+    engine.submit((lost := answer(prompt(3))).job)
+    assert lost.over.wait(5) and lost.why == "closed"
+    with pytest.raises(Refused):
+        engine.submit(answer(prompt(3)).job)
+    assert engine.close(1)
