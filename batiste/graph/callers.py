@@ -15,8 +15,8 @@ import jax
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 _PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
-_TRANSFORMS = {  # where the functions stand that call the user's -> what users call them by
-    os.path.join(_OURS, "transforms", ""): "nnx.",
+_TRANSFORMS = os.path.join(_OURS, "transforms", "")
+_FAMILIES = {  # where the functions of JAX stand that call the user's -> what users call them by
     os.path.join(_JAX, "_src", "lax", "control_flow", ""): "jax.lax.",
     **{os.path.join(_JAX, "_src", f"{name}.py"): "jax." for name in ("api", "pjit", "ad_checkpoint", "shard_map")},
 }
@@ -55,25 +55,36 @@ def _is_users(frame: FrameType) -> bool:
 
 
 def _transforms_around(frame: FrameType) -> Iterator[str]:
-    """The transforms that the user's frame runs inside of, innermost first: the user called them, and they the user."""
-    name, outer = "", frame.f_back  # name: of the outermost transform since the last frame of the user
+    """The transforms that the user's frame runs inside of, innermost first.
+
+    Where the library calls JAX it is the library's transform that the user knows; else JAX's outermost function.
+    """
+    ours, theirs, outer = [], "", frame.f_back
     while outer is not None:
         if _is_users(outer):
-            if name:
-                yield name
-            name = ""
-        else:
-            name = _transform_name(outer) or name
+            yield from ours or filter(None, [theirs])
+            ours, theirs = [], ""
+        elif (name := _own_transform(outer)) and name not in ours[-1:]:
+            ours.append(name)
+        theirs = _jax_transform(outer) or theirs
         outer = outer.f_back
 
 
-def _transform_name(frame: FrameType) -> str:
-    """What users call the transform that a frame of the library belongs to; "" for other frames."""
-    file = frame.f_code.co_filename
-    family = next((family for start, family in _TRANSFORMS.items() if file.startswith(start)), None)
-    if family is None:
+def _own_transform(frame: FrameType) -> str:
+    """The transform of batiste that a frame belongs to, or ""."""
+    if not frame.f_code.co_filename.startswith(_TRANSFORMS):
         return ""
     names = frame.f_locals
-    mode = names.get("mode", getattr(names.get("self"), "mode", None))
-    name = getattr(mode, "name", None) or frame.f_code.co_qualname.split(".")[0].strip("_")
+    holder = names.get("self")
+    mode = names.get("mode") or getattr(getattr(holder, "crossing", holder), "mode", None)
+    return f"nnx.{mode.name}" if hasattr(mode, "name") else ""
+
+
+def _jax_transform(frame: FrameType) -> str:
+    """The transform of JAX that a frame belongs to, or ""."""
+    file = frame.f_code.co_filename
+    family = next((family for start, family in _FAMILIES.items() if file.startswith(start)), None)
+    if family is None:
+        return ""
+    name = frame.f_code.co_qualname.split(".")[0].strip("_")
     return family + _OTHERWISE.get(name, name)

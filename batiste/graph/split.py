@@ -108,7 +108,9 @@ def merge(graphdef_or_graphstate, /, *states: Any, copy: bool = False, recreate_
         raise TypeError("merge() missing 1 required positional argument: 'state'")
     leaves = leaves_of(description, states)
     for path, old, new in zip(description.paths, description.leaf_types or (), leaves):
-        check_fit(old, new._raw_value if isinstance(new, Variable) else new, path, "leaf")
+        new = new._raw_value if isinstance(new, Variable) else new
+        if hasattr(new, "dtype"):  # labels may be merged too, one per leaf
+            check_fit(old, new, path, "leaf")
     return unflatten_graph(description.root, leaves, copy=copy, recreate=recreate_variables)[0]
 
 
