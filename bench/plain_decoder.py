@@ -71,7 +71,11 @@ def loss(config: DecoderConfig, params: Params, tokens, dtype, run: str, remat: 
         for i in range(config.layers):
             x, _ = layer(x, {name: value[i] for name, value in blocks.items()})
     x = rms_norm(x, params["norm"], config.epsilon)
-    return cross_entropy(x, params["embed"].T, tokens[:, 1:], chunks)
+    head = params["embed"].T
+    if batch is not None:  # gathered once: the tokens stay where they are, the parameters come to them
+        tensor = "tensor" if "tensor" in batch.mesh.axis_names else None
+        head = jax.lax.with_sharding_constraint(head, NamedSharding(batch.mesh, P(None, tensor)))
+    return cross_entropy(x, head, tokens[:, 1:], chunks)
 
 
 def cross_entropy(x, head, labels, chunks: int):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from batiste.graph.errors import ArgumentError, ShapeError
+from batiste.sharding import constrain
 
 
 class TokenLoss(NamedTuple):
@@ -59,6 +60,7 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
                          expected=f"({x.shape[-1]}, vocabulary)", fix="transpose a tied embedding")  # fmt: skip
     if chunks < 1:
         raise ArgumentError("chunks is a number of parts", got=chunks, expected="1 or more", fix="pass chunks=8")
+    head = constrain(head.astype(x.dtype), (None, "vocab"))  # gathered once by a plan that divides it, not for each part
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
     tokens = labels.size
     padding = -tokens % chunks
@@ -70,7 +72,7 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
     @partial(jax.checkpoint, prevent_cse=False)
     def add(sums: TokenLoss, part: list[Array]) -> tuple[TokenLoss, None]:
         x, labels, weights = part
-        logits = jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
         top = jnp.max(logits, -1)
         log_z = jax.nn.logsumexp(logits, -1)
         of_label = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
