@@ -87,6 +87,31 @@ def of_compare(parser: ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the changes to this file")
 
 
+def of_models(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    actions.add_parser("list", help="published configurations")
+    show = actions.add_parser("show", help="a configuration with its parameters and their names, or a file's tensors")
+    show.add_argument("name", metavar="NAME", help="of a configuration; or a file, or a folder")
+    convert = actions.add_parser("convert", help="safetensors, PyTorch or GGUF into a folder of safetensors")
+    convert.add_argument("source", metavar="IN", help="a file, or a folder with config.json")
+    convert.add_argument("target", metavar="OUT", help="a new folder")
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the values; theirs if left out"
+    )
+    convert.add_argument("--shard-bytes", type=int, default=5_000_000_000, metavar="N", help="the most of one file")
+    verify = actions.add_parser("verify", help="are the files whole and finite; do two models compute the same")
+    verify.add_argument("path", metavar="PATH", help="a folder with config.json, or a GGUF file")
+    verify.add_argument("--against", metavar="PATH", help="compare each layer with that of this one")
+    verify.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="as a part of the largest number")
+    generate = actions.add_parser("generate", help="goes on with a text")
+    generate.add_argument("path", metavar="PATH", help="a folder with config.json and tokenizer.json, or a GGUF file")
+    generate.add_argument("prompt", metavar="TEXT")
+    generate.add_argument("--tokens", type=int, default=64, metavar="N", help="how many at most")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest only")
+    generate.add_argument("--seed", type=int, default=0, metavar="N")
+
+
 COMMANDS = {
     "train": Command("train a model, evaluate it, check thresholds", of_train, "batiste.cli.train:run"),
     "evaluate": Command("measure a model on held-out data, check thresholds", of_evaluate, "batiste.cli.evaluate:run"),
@@ -95,4 +120,5 @@ COMMANDS = {
     "verify": Command("check a bundle: digests, signature, golden outputs", of_verify, "batiste.cli.export:verify"),
     "reexport": Command("write a bundle anew for this JAX", of_reexport, "batiste.cli.export:reexport"),
     "inspect": Command("tables of a model: parts, parameters, places, dtypes", of_program, "batiste.cli.inspect:run"),
+    "models": Command("published architectures and files of weights", of_models, "batiste.cli.models:run"),
 }

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architectures there are, their published configurations, and which of them a file is of.
+
+To add one, add a line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from batiste.graph import Module, Rngs
+from batiste.graph.errors import ArgumentError
+
+from .bert import BERT, BERTS, Bert, load_bert, save_bert
+from .configs import DECODERS
+from .decoder import Decoder
+from .files import open_weights, read_json
+from .mapping import Table, entries
+from .tensors import WeightsError
+from .weights import LLAMA, load_decoder, save_decoder
+
+
+class Architecture(NamedTuple):
+    """One architecture.
+
+    Args:
+        configs: the published configurations, by name.
+        kinds: what `config.json` or a GGUF file calls it.
+        inputs: the arguments of a call of a model of some configuration.
+    """
+
+    name: str
+    summary: str
+    model: Callable[..., Module]
+    configs: Mapping[str, Any]
+    table: Table
+    load: Callable[..., Any]
+    save: Callable[..., list[Path]]
+    kinds: tuple[str, ...]
+    inputs: Callable[[Any], tuple[Any, ...]]
+
+    def abstract(self, config: Any) -> Module:
+        """A model without values."""
+        return jax.eval_shape(lambda: self.model(config, rngs=Rngs(0)))
+
+    def parameters(self, config: Any) -> int:
+        """How many numbers a model is learnt by and keeps as statistics."""
+        return sum(math.prod(entry.variable.shape) for entry in entries(self.abstract(config), self.table))
+
+
+def _tokens(config: Any) -> tuple[Any, ...]:
+    return (jnp.arange(16)[None] % config.vocab,)
+
+
+ARCHITECTURES = {
+    found.name: found
+    for found in (
+        Architecture("decoder", "language models: Llama, Mistral, Qwen2, Qwen3, SmolLM2, PaLM's blocks",
+                     Decoder, DECODERS, LLAMA, load_decoder, save_decoder,
+                     ("llama", "mistral", "qwen2", "qwen3"), _tokens),
+        Architecture("bert", "encoders of text: BERT, MiniLM, sentence encoders", Bert, BERTS, BERT,
+                     load_bert, save_bert, ("bert",), _tokens),
+    )
+}  # fmt: skip
+"""By name."""
+
+
+def configurations() -> Iterator[tuple[str, Architecture, Any]]:
+    """Name, architecture and configuration of all that are published: `decoder/tiny`, `bert/minilm-l6`, …"""
+    for architecture in ARCHITECTURES.values():
+        for name, config in architecture.configs.items():
+            yield f"{architecture.name}/{name}", architecture, config
+
+
+def configuration(name: str) -> tuple[Architecture, Any]:
+    """That of a name, with or without its architecture.
+
+    Raises:
+        ArgumentError: there is none, or several.
+    """
+    found = [(full, architecture, config) for full, architecture, config in configurations()
+             if name in (full, full.partition("/")[2])]  # fmt: skip
+    if len(found) != 1:
+        known = ", ".join(full for full, *_ in found or configurations())
+        problem = "there are several configurations of this name" if found else "there is no such configuration"
+        raise ArgumentError(problem, got=repr(name), expected=f"one of {known}")
+    return found[0][1:]
+
+
+def architecture_of(path: str | Path) -> Architecture:
+    """The architecture that a folder with `config.json`, or a GGUF file, says it is of.
+
+    Raises:
+        WeightsError: it says none, or none that is here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        kind = read_json(path / "config.json").get("model_type")
+    else:
+        kind = open_weights(path).about.get("general.architecture")
+    found = next((each for each in ARCHITECTURES.values() if kind in each.kinds), None)
+    if found is None:
+        known = ", ".join(kind for each in ARCHITECTURES.values() for kind in each.kinds)
+        raise WeightsError("the files do not say that they are of an architecture that is here", at=str(path),
+                           got=repr(kind)[:80], expected=f"one of {known}")  # fmt: skip
+    return found
