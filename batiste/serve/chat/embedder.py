@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class Embedder:
                  tokens: Callable[[str], int] | None = None, most: int | None = None, waiting: int = 64):  # fmt: skip
         self.name, self.created = name, int(time.time())
         self._embed, self._tokens, self._most = embed, tokens, most
-        self._waiting, self._most_waiting, self._seconds = 0, waiting, 0.0
+        self._asked: set[Future[Any]] = set()
+        self._most_waiting, self._seconds = waiting, 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batiste-embed")
 
     async def vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
@@ -38,14 +39,12 @@ class Embedder:
         Raises:
             RequestError: too many wait, a text is too long, or the model fails on these texts.
         """
-        if self._waiting >= self._most_waiting:
-            after = self._waiting * self._seconds
-            raise RequestError(429, "Too many requests wait", code="overloaded", after=max(1.0, after))
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, texts)
-        finally:
-            self._waiting -= 1
+        if len(self._asked) >= self._most_waiting:
+            raise RequestError(429, "Too many requests wait", code="overloaded", after=len(self._asked) * self._seconds)
+        future = self._thread.submit(self._run, texts)
+        self._asked.add(future)
+        future.add_done_callback(self._asked.discard)
+        return await asyncio.wrap_future(future)  # given up, it does not begin
 
     def close(self) -> None:
         """Ends the thread, once what waits is done."""
