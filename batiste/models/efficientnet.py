@@ -32,7 +32,7 @@ RULES = (
     ("fc/bias", ("classes",)),
     ("{kernel,scale,bias}", (...,)),
 )
-"""Convolutions are divided by the batch and, with `fsdp`, by their largest dim; only the classifier by a `tensor` axis."""
+"""Only the classifier has a dim that a `tensor` axis divides; convolutions are divided by the batch, and by `fsdp`."""
 
 EFFICIENTNET = Table(
     {
