@@ -11,7 +11,7 @@ BatisteError
 └── ImmutableVariableError
 
 BatisteWarning                                                          (also UserWarning)
-├── LostUpdateWarning, StaleCaptureWarning, SharedRandomnessWarning, UntiedWarning
+├── LostUpdateWarning, StaleCaptureWarning, UntiedWarning
 └── StateMismatchWarning
 """
 
@@ -152,10 +152,6 @@ class StateMismatchWarning(BatisteWarning):
 
 class StaleCaptureWarning(BatisteWarning):
     """A compiled function reads a Variable that it was not given and that has changed: it is compiled again."""
-
-
-class SharedRandomnessWarning(BatisteWarning):
-    """All members of a mapped computation drew the same random numbers."""
 
 
 class UntiedWarning(BatisteWarning):

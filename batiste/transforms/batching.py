@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from batiste.graph.boundary import Boundary, Crossing, Mode, broadcast, is_root
-from batiste.graph.callers import warn
-from batiste.graph.errors import SharedRandomnessWarning
+from batiste.graph.callers import user_place
 from batiste.graph.rng import RngCount
 from batiste.graph.variable import MISSING
 
@@ -26,6 +26,8 @@ from .axes import (
 )
 from .compare import place
 from .compile import Arguments, _way
+
+_log = logging.getLogger(__name__)
 
 
 def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Hashable | None = None,
@@ -58,6 +60,7 @@ def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Ha
     check_function(f, mode, in_axes, out_axes)
     metadata = transform_metadata if mode.live else NO_METADATA
     options: dict[str, Any] = dict(axis_name=axis_name, axis_size=axis_size, spmd_axis_name=spmd_axis_name)
+    told: set[str] = set()
 
     @functools.wraps(f, updated=())
     def mapped(*args, **kwargs):
@@ -71,22 +74,27 @@ def vmap(f: Any = MISSING, *, in_axes: Any = 0, out_axes: Any = 0, axis_name: Ha
             out = jax.vmap(boundary.run, (boundary.labels,), boundary.labels, **options)(groups)
         except ValueError as error:
             raise explain_batched(error, boundary.crossing) from None
-        warn_of_shared_randomness(boundary)
+        tell_of_shared_randomness(boundary, axes, told)
         return boundary.leave(out)
 
     return mapped
 
 
-def warn_of_shared_randomness(boundary: Boundary) -> None:
-    """Warns if a random stream with the axis None was drawn from: each member drew with the same key."""
+def tell_of_shared_randomness(boundary: Boundary, axes: Any, told: set[str]) -> None:
+    """Logs once that a random stream of an argument with the axis None was drawn from: all members drew the same.
+
+    Who gives axes to parts of an argument knows of its streams.
+    """
     crossing = boundary.crossing
     assert crossing.note is not None
-    shared = [n for n in crossing.note.changed if crossing.leaf_labels[n] is None]
-    streams = [place(crossing.paths[n][:-1]) for n in shared if isinstance(boundary.flat.leaves[n], RngCount)]
-    if streams:
-        warn(f"all members of nnx.{crossing.mode.name} drew the same random numbers: the stream "
-             f"{', '.join(streams[:4])} has the axis None.\n  Fix: split it, @nnx.split_rngs(splits=N) above the "
-             "transform, and map it along axis 0.", SharedRandomnessWarning)  # fmt: skip
+    drawn = [n for n in crossing.note.changed if isinstance(boundary.flat.leaves[n], RngCount)]
+    shared = [n for n in drawn if (axes[crossing.paths[n][0]] if isinstance(axes, (tuple, list)) else axes) is None]
+    streams = ", ".join(place(crossing.paths[n][:-1]) for n in shared[:4])
+    if streams and streams not in told:
+        told.add(streams)
+        _log.warning("All members of nnx.vmap drew the same random numbers, since the axis of the stream is None: %s. "
+                     "To give each its own, split the stream with @nnx.split_rngs(splits=N) above the transform, and "
+                     "map it along axis 0. In: %s", streams, user_place())  # fmt: skip
 
 
 def pmap(f: Any = MISSING, *, axis_name: Hashable | None = None, in_axes: Any = 0, out_axes: Any = 0,

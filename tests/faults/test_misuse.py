@@ -28,7 +28,6 @@ from batiste.graph.errors import (
     CapturedError,
     CarryError,
     ShapeError,
-    SharedRandomnessWarning,
     StaleCaptureWarning,
     StateMismatchWarning,
     StructureError,
@@ -347,8 +346,6 @@ WARNED: dict[str, tuple[Callable[[], Any], type[Warning], str]] = {
     "a captured Variable changed": (
         read_by_a_closure, StaleCaptureWarning, r"compiles <lambda> again: the Param .*Read in: .*inside nnx\.jit"),
     "a captured object was replaced": (closure_over_another_object, StaleCaptureWarning, "compiles <lambda> again"),
-    "an ensemble from one stream": (members_from_one_stream, SharedRandomnessWarning, "argument 0/default"),
-    "one mask for all examples": (one_mask_for_all, SharedRandomnessWarning, "argument 0/rngs has the axis None"),
 }  # fmt: skip
 
 
@@ -361,6 +358,16 @@ def test_a_warning_says_where_and_what_to_do(case: str) -> None:
     found = [w for w in seen if issubclass(w.category, kind) and re.search(text, str(w.message), re.DOTALL)]
     assert found, [str(w.message) for w in seen]
     assert all("Fix: " in str(w.message) and w.filename == __file__ for w in found)
+
+
+@pytest.mark.parametrize(
+    ("use", "stream"), [(members_from_one_stream, "argument 0/default"), (one_mask_for_all, "argument 0/rngs")],
+    ids=["an ensemble from one stream", "one mask for all examples"],
+)  # fmt: skip
+def test_shared_random_numbers_are_told_of(use: Callable[[], None], stream: str, caplog: Any) -> None:
+    use()
+    (text,) = caplog.messages
+    assert f"axis of the stream is None: {stream}. " in text and "nnx.split_rngs" in text and f"({__file__}:" in text
 
 
 def stacked() -> None:
