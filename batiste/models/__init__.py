@@ -12,16 +12,20 @@ vectors = encoder.encode(["one text", "another"])
 
 from __future__ import annotations
 
+from .adapters import Adapted, add_lora, load_adapters, merge_lora, remove_lora, save_adapters, select
+from .beams import Beam, beam_search
 from .bert import BERTS, Bert, BertConfig, load_bert, save_bert
-from .configs import DECODERS, DecoderConfig
+from .configs import DECODERS, DecoderConfig, Stretch
 from .decoder import RULES, Cache, Decoder
 from .drafts import propose_mapping
 from .files import open_weights
-from .generation import generate
+from .generation import generate, stream
 from .gguf import open_gguf
 from .mapping import As, Table
 from .safetensors import open_safetensors
+from .sampling import Sampling
 from .sentences import SentenceEncoder
+from .speculative import speculate
 from .tensors import WeightsError
 from .torch_files import open_torch
 from .verify import activations, torch_activations, verify
@@ -31,26 +35,39 @@ __all__ = [
     "BERTS",
     "DECODERS",
     "RULES",
+    "Adapted",
     "As",
+    "Beam",
     "Bert",
     "BertConfig",
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Sampling",
     "SentenceEncoder",
+    "Stretch",
     "Table",
     "WeightsError",
     "activations",
+    "add_lora",
+    "beam_search",
     "generate",
+    "load_adapters",
     "load_bert",
     "load_decoder",
+    "merge_lora",
     "open_gguf",
     "open_safetensors",
     "open_torch",
     "open_weights",
     "propose_mapping",
+    "remove_lora",
+    "save_adapters",
     "save_bert",
     "save_decoder",
+    "select",
+    "speculate",
+    "stream",
     "torch_activations",
     "verify",
 ]
