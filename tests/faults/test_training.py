@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
 import pytest
 
+LONG = os.environ.get("BATISTE_FAULTS") == "long"
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.faults.interrupted"]
 
 
-def start(folder: Path, *args: object) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def start(folder: Path, *args: object, devices: int = 1) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.Popen([*COMMAND, str(folder), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, cwd=ROOT, env=env)  # fmt: skip
 
@@ -86,3 +90,85 @@ def test_a_second_signal_ends_a_run_that_hangs(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
     process.communicate()
+
+
+VARIANTS = {
+    "stateful": [],
+    "functional, sync": ["--functional", "--sync"],
+    "stateful, sync": ["--sync"],
+    "functional": ["--functional"],
+    "stateful, 8 devices": ["--workers", 0],
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS) if LONG else ["functional, sync"])
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(variant: str, tmp_path: Path) -> None:
+    """20 kills in 400 steps of two epochs; of a run on 8 devices 4, each time with other data workers."""
+    spread = "devices" in variant
+    kills = (4 if spread else 20) if LONG else 1
+    size = ["--steps", 200 if LONG else 12, "--epochs", 2]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    options, devices = [*VARIANTS[variant], *size], 8 if spread else 1
+    code, lines, err = ended(start(folders[0], *options, devices=devices))
+    assert code == 0, err
+    rng = random.Random(variant)
+    for number, step in enumerate(sorted(rng.sample(range(9, 400 if LONG else 24), kills))):
+        others = ["--workers", number % 3] if spread else []
+        code, _, err = ended(start(folders[1], *options, *others, "--kill-at", step, devices=devices))
+        assert code == -signal.SIGKILL, err
+    code, again, err = ended(start(folders[1], *options, devices=devices))
+    assert code == 0, err
+    assert result(again) == result(lines)
+    assert len({(folder / "metrics.jsonl").read_bytes() for folder in folders}) == 1
+
+
+if LONG:  # minutes each
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_signals_at_any_time_save_the_last_step_that_was_made(seed: int, tmp_path: Path) -> None:
+        """Five signals to one run, half of them SIGINT; the first of them while it saves."""
+        options = ["--slow", "--sync", "--steps", 40, "--epochs", 2]
+        rng, last = random.Random(seed), 0
+        for number in range(5):
+            process = start(tmp_path, *options)
+            sent = signal.SIGTERM if rng.random() < 0.5 else signal.SIGINT
+            wait_for(process.stdout, f"step {last // 7 * 7 + 7}" if number == 0 else f"step {last + rng.randint(1, 6)}")
+            time.sleep(0 if number == 0 else rng.uniform(0, 0.06))
+            process.send_signal(sent)
+            since = time.monotonic()
+            code, lines, err = ended(process)
+            assert code == 128 + sent, err
+            assert time.monotonic() - since < 10
+            made = [int(line.split()[1]) for line in lines if line.startswith("step")]
+            (newest,) = {max(int(path.stem) for path in (tmp_path / "checkpoints").glob("*.ckpt"))}
+            assert newest == (made[-1] if made else newest) > last
+            last = newest
+        code, lines, err = ended(start(tmp_path, *options))
+        assert code == 0, err
+        code, whole, err = ended(start(tmp_path / "whole", *options))
+        assert code == 0, err
+        assert result(lines) == result(whole)
+
+    def test_a_supervised_run_that_is_killed_every_20_seconds_makes_its_way(tmp_path: Path) -> None:
+        """The supervisor starts the program anew as long as it does not end well; it is killed nine times in 3 minutes."""
+        options = ["--slow", "--steps", 600, "--epochs", 2]
+        began, kills, seen = time.monotonic(), 0, []
+        while True:
+            process = start(tmp_path / "killed", *options)
+            try:
+                out, err = process.communicate(timeout=20 if kills < 9 else 300)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+                kills += 1
+            seen.append([int(line.split()[1]) for line in out.splitlines() if line.startswith("step")])
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, err
+        taken = time.monotonic() - began
+        code, lines, err = ended(start(tmp_path / "whole", *options))
+        assert code == 0, err
+        assert result(out.splitlines()) == result(lines)
+        again = [before[-1] + 1 - after[0] for before, after in zip(seen, seen[1:])]
+        assert max(again, default=0) <= 2 * 7, "a save every 7 steps, one of them under way"
+        print(f"{kills} kills, {sum(again)} steps made again of {sum(map(len, seen))}, {taken:.0f} s")
