@@ -63,8 +63,8 @@ def programs(
                 f"{kind} are of open sizes", got=", ".join(unknown), expected=", ".join(names) or "none"
             )
     try:
-        symbols = _symbols(names, {**limits, **{name: sizes[-1] for name, sizes in plan.items()}})
-        model, whole = lowered(model, inputs, symbols, platforms)
+        found = symbols(names, {**limits, **{name: sizes[-1] for name, sizes in plan.items()}})
+        model, whole = lowered(model, inputs, found, platforms)
     except ExportError:
         raise
     except Exception as error:
@@ -87,7 +87,7 @@ def programs(
     return model, Programs(made, plan, _joined(model, inputs, plan, made), reason)
 
 
-def _symbols(names: Sequence[str], most: Mapping[str, int]) -> dict[str, Any]:
+def symbols(names: Sequence[str], most: Mapping[str, int]) -> dict[str, Any]:
     if not names:
         return {}
     scope = jax_export.SymbolicScope([f"{name} <= {n}" for name, n in most.items()])

@@ -38,7 +38,7 @@ EVAL = "call model.eval() first; or if each call may begin with the same state, 
 
 
 class Pure(NamedTuple):
-    """A function of weights and inputs to outputs; the weights, types of the parts, names of weights that are random."""
+    """A function of weights and inputs to outputs; the weights, types of the parts, names of random weights."""
 
     run: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     weights: dict[str, Any]
