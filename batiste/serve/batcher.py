@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests become batches: a bounded queue with deadlines, a thread that computes, one bad request that fails alone.
+
+submit -> Waiting line -> (same room?) -> batch -> Servable.batched -> each its answer
+                                                -> it failed: the halves again, until the one is found
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import Refusal
+from .servable import Arrays, Servable
+
+log = logging.getLogger(__name__)
+FORGET = 0.2  # weight of the newest batch in the mean of how long a batch takes
+
+
+class Item:
+    """One request in the line; its `future` gets the outputs, or a Refusal."""
+
+    def __init__(self, arrays: Arrays, sizes: dict[str, int], rows: int, group: Any, deadline: float):
+        self.arrays, self.sizes, self.rows, self.group, self.deadline = arrays, sizes, rows, group, deadline
+        self.begun = time.monotonic()
+        self.future: Future[dict[str, np.ndarray]] = Future()
+
+    def refuse(self, refusal: Refusal) -> None:
+        if not self.future.done():
+            self.future.set_exception(refusal)
+
+    def give(self, outputs: dict[str, np.ndarray]) -> None:
+        if not self.future.done():
+            self.future.set_result(outputs)
+
+
+class Batcher:
+    """The line in front of one servable.
+
+    Args:
+        waiting: the most rows that may wait.
+        linger: seconds that a batch that is not full waits for company.
+        patience: seconds that a batch may take; then its thread is given up, and each of its requests is tried alone,
+            once. None waits for ever.
+        nan: whether an answer that holds NaN is refused (status 500) in place of being sent.
+        observe: is called with each batch: rows, seconds.
+    """
+
+    def __init__(self, servable: Servable, *, waiting: int = 256, linger: float = 0.001, patience: float | None = 60.0,
+                 nan: bool = False, observe: Any = None):  # fmt: skip
+        self.servable, self.waiting, self.linger, self.patience = servable, waiting, linger, patience
+        self.nan, self.observe = nan, observe or (lambda rows, seconds: None)
+        self.line: collections.deque[Item] = collections.deque()
+        self.changed = threading.Condition()
+        self.queued = 0  # rows in the line
+        self.running: list[Item] = []
+        self.since = math.inf
+        self.seconds = 0.0  # that a batch takes, on the average
+        self.closed = False
+        self.compiled = 0  # programs after warming
+        self._worker = 0
+        self._start()
+        if patience is not None:
+            threading.Thread(target=self._watch, name=f"{servable.name}-watch", daemon=True).start()
+
+    # ------------------------------------------------------------ callers
+    def warm(self) -> None:
+        """Compiles everything; measures how long a full batch takes."""
+        self.servable.warm()
+        start = time.monotonic()
+        self.servable.warm()
+        plans = math.prod(len(sizes) for sizes in self.servable.buckets.values())
+        self.seconds = (time.monotonic() - start) / plans
+        self.compiled = self.servable.programs()
+
+    def submit(self, arrays: Arrays, timeout: float) -> Item:
+        """Puts a request in the line.
+
+        Raises:
+            Refusal: 429, it could not be answered in time; 503, this is closing.
+            ArgumentError, ShapeError, DtypeError: the inputs do not fit.
+        """
+        sizes = self.servable.signature.check(arrays)
+        room = self.servable.room(sizes)
+        rows = sizes[self.servable.batch]
+        group = tuple(n for name, n in room.items() if name != self.servable.batch)
+        item = Item(arrays, sizes, rows, group, time.monotonic() + timeout)
+        with self.changed:
+            if self.closed:
+                raise Refusal(503, "The model is being unloaded", after=1.0)
+            wait = self.expected(rows)
+            if self.queued + rows > self.waiting + self.servable.rows or wait > timeout:
+                raise Refusal(429, "Too many requests wait here", after=max(wait - timeout, self.seconds))
+            self.line.append(item)
+            self.queued += rows
+            self.changed.notify_all()
+        return item
+
+    def expected(self, rows: int = 0) -> float:
+        """Seconds until a request of so many rows would be answered if it came now."""
+        batches = math.ceil((self.queued + rows) / self.servable.rows)
+        left = max(self.seconds - (time.monotonic() - self.since), 0.0) if self.running else 0.0
+        return batches * self.seconds + left
+
+    def cancel(self, item: Item) -> None:
+        """Its client is gone: what has not begun is not computed."""
+        with self.changed:
+            if item in self.line:
+                self.line.remove(item)
+                self.queued -= item.rows
+        item.refuse(Refusal(499, "The client went away"))
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Takes no more; waits until what has been accepted is answered."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.line and not self.running, timeout)
+            for item in [*self.line, *self.running]:
+                item.refuse(Refusal(503, "The server is closing", after=1.0))
+            self.line.clear()
+
+    # ------------------------------------------------------------ the thread that computes
+    def _start(self) -> None:
+        self._worker += 1
+        arguments = (self._worker,)
+        threading.Thread(target=self._work, args=arguments, name=self.servable.name, daemon=True).start()
+
+    def _work(self, number: int) -> None:
+        while items := self._take(number):
+            start = time.monotonic()
+            self._compute(items, number)
+            with self.changed:
+                if number != self._worker:
+                    return  # given up meanwhile: another thread has taken over
+                took = time.monotonic() - start
+                self.seconds = took if not self.seconds else (1 - FORGET) * self.seconds + FORGET * took
+                self.running, self.since = [], math.inf
+                self.changed.notify_all()
+            self.observe(sum(item.rows for item in items), took)
+
+    def _take(self, number: int) -> list[Item]:
+        """The next batch: the oldest request, and those behind it that fit in its room; empty at the end."""
+        with self.changed:
+            while True:
+                self.changed.wait_for(lambda: self.line or self.closed or number != self._worker)
+                if number != self._worker or not self.line:
+                    return []
+                self._drop_late()
+                if not self.line:
+                    continue
+                until = self.line[0].begun + self.linger
+                while self.queued < self.servable.rows and (left := until - time.monotonic()) > 0 and not self.closed:
+                    self.changed.wait(left)
+                if not self.line:
+                    continue
+                group, items, rows = self.line[0].group, [], 0
+                for item in self.line:
+                    if item.group == group and rows + item.rows <= self.servable.rows:
+                        items.append(item)
+                        rows += item.rows
+                    if rows == self.servable.rows:
+                        break
+                taken = set(map(id, items))
+                self.line = collections.deque(item for item in self.line if id(item) not in taken)
+                self.queued -= rows
+                self.running, self.since = items, time.monotonic()
+                return items
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        late = [item for item in self.line if item.deadline <= now]
+        for item in late:
+            self.line.remove(item)
+            self.queued -= item.rows
+            item.refuse(Refusal(504, "The answer was not ready in time"))
+
+    def _compute(self, items: list[Item], number: int) -> None:
+        """The answers; where it fails, of each half: who spoils a batch is found in log2(n) steps and fails alone."""
+        items = [item for item in items if not item.future.done()]
+        if not items or number != self._worker:
+            return
+        try:
+            answers = self.servable.batched([(item.arrays, item.sizes) for item in items])
+        except Exception:
+            if len(items) == 1:
+                log.exception("%s failed on a request", self.servable.name)
+                items[0].refuse(Refusal(500, "The model failed on this input"))
+                return
+            middle = len(items) // 2
+            self._compute(items[:middle], number)
+            self._compute(items[middle:], number)
+            return
+        for item, outputs in zip(items, answers):
+            if not self.nan and (bad := next((name for name, x in outputs.items() if has_nan(x)), None)):
+                item.refuse(Refusal(500, f"The output {bad!r} holds NaN"))
+            else:
+                item.give(outputs)
+
+    # ------------------------------------------------------------ a thread that does not come back
+    def _watch(self) -> None:
+        while not self.closed:
+            time.sleep(min(self.patience or 1.0, 1.0) / 4)
+            with self.changed:
+                if time.monotonic() - self.since <= (self.patience or math.inf):
+                    continue
+                stuck = [item for item in self.running if not item.future.done()]
+                log.error("%s: a batch took more than %g s; its thread is given up", self.servable.name, self.patience)
+                self.running, self.since = [], math.inf
+                self._start()
+                for item in stuck:
+                    if len(stuck) == 1 or getattr(item, "alone", False):
+                        item.refuse(Refusal(503, "The model did not answer in time on this input"))
+                    else:
+                        item.alone, item.group = True, object()  # type: ignore[attr-defined]  # tried once more, alone
+                        self.line.appendleft(item)
+                        self.queued += item.rows
+                self.changed.notify_all()
+
+
+def has_nan(x: np.ndarray) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact) and np.isnan(x).any())
