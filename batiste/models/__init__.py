@@ -27,6 +27,7 @@ from .sampling import Sampling
 from .sentences import SentenceEncoder
 from .speculative import speculate
 from .tensors import WeightsError
+from .tokenizers import Text, Tokenizer, load_tokenizer, write
 from .torch_files import open_torch
 from .verify import activations, torch_activations, verify
 from .weights import load_decoder, save_decoder
@@ -47,6 +48,8 @@ __all__ = [
     "SentenceEncoder",
     "Stretch",
     "Table",
+    "Text",
+    "Tokenizer",
     "WeightsError",
     "activations",
     "add_lora",
@@ -55,6 +58,7 @@ __all__ = [
     "load_adapters",
     "load_bert",
     "load_decoder",
+    "load_tokenizer",
     "merge_lora",
     "open_gguf",
     "open_safetensors",
@@ -70,4 +74,5 @@ __all__ = [
     "stream",
     "torch_activations",
     "verify",
+    "write",
 ]
