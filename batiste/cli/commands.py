@@ -112,6 +112,39 @@ def of_models(parser: ArgumentParser) -> None:
     generate.add_argument("--seed", type=int, default=0, metavar="N")
 
 
+def of_serve(parser: ArgumentParser) -> None:
+    parser.add_argument("models", nargs="*", metavar="[NAME=]PATH", help="bundles; folders or GGUF files of decoders")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(8000)")
+    of_key(parser)
+    parser.add_argument("--allow-unsigned", action="store_true", help="serve bundles that nobody signed")
+    parser.add_argument("--api-keys", metavar="FILE", help="a key on each line; clients show one")
+    parser.add_argument("--buckets", action="append", default=[], metavar="SIZE=N,N", help="such as batch=1,8,32")
+    parser.add_argument("--executables", metavar="FOLDER", help="keep compiled programs here for the next start")
+    parser.add_argument("--waiting", type=int, default=256, metavar="ROWS", help="the most rows that wait (256)")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="that an answer may take (30)")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="for begun answers at the end (30)")
+    parser.add_argument("--most-bytes", type=int, default=16 << 20, metavar="N", help="of a request (16 MiB)")
+    parser.add_argument("--admin", action="store_true", help="let whoever has a key reload models")
+    parser.add_argument("--record", metavar="FOLDER", help="keep a part of the requests and answers here")
+    parser.add_argument("--share", type=float, default=0.01, metavar="X", help="the part that is kept (0.01)")
+    parser.add_argument("--reference", metavar="FILE", help="measure drift against this file")
+    parser.add_argument("--slots", type=int, default=8, metavar="N", help="answers at a time of a decoder (8)")
+    parser.add_argument(
+        "--length", type=int, default=1024, metavar="N", help="of a prompt with its answer (1024)"
+    )
+    parser.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"), help="(info)")
+
+
+def of_replay(parser: ArgumentParser) -> None:
+    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="the folder that serve --record wrote")
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="the model to try them on")
+    parser.add_argument("--tolerance", type=float, default=1e-5, metavar="X", help="of an output's numbers (1e-5)")
+    parser.add_argument("--show", type=int, default=20, metavar="N", help="the most differences shown (20)")
+    parser.add_argument("--allow-unsigned", action="store_true", help="with a key, take unsigned bundles too")
+    of_key(parser)
+
+
 COMMANDS = {
     "train": Command("train a model, evaluate it, check thresholds", of_train, "batiste.cli.train:run"),
     "evaluate": Command("measure a model on held-out data, check thresholds", of_evaluate, "batiste.cli.evaluate:run"),
@@ -119,6 +152,8 @@ COMMANDS = {
     "export": Command("write the model as a bundle that runs without its code", of_export, "batiste.cli.export:export"),
     "verify": Command("check a bundle: digests, signature, golden outputs", of_verify, "batiste.cli.export:verify"),
     "reexport": Command("write a bundle anew for this JAX", of_reexport, "batiste.cli.export:reexport"),
+    "serve": Command("answer requests over HTTP until a signal", of_serve, "batiste.cli.serve:run"),
+    "replay": Command("recorded requests against another model: what differs", of_replay, "batiste.cli.serve:replay"),
     "inspect": Command("tables of a model: parts, parameters, places, dtypes", of_program, "batiste.cli.inspect:run"),
     "models": Command("published architectures and files of weights", of_models, "batiste.cli.models:run"),
 }
