@@ -139,7 +139,7 @@ def test_segments_begin_and_end_as_said(real: Silero, monkeypatch: pytest.Monkey
     assert found("00990000000999", speech=0.07) == [(11, 14)]
     assert found("0099000000099", margin=0.032) == [(1, 5), (10, 13)]
     assert found("009900000099", margin=1) == [(0, 7), (7, 12)]
-    assert found("0044440000", threshold=0.3, release=0.2) == [(2, 6)]
+    assert found("00444400000", threshold=0.3, release=0.2) == [(2, 6)]
 
 
 def test_hours_are_heard_a_minute_at_a_time() -> None:

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `config.json` of published models as a table, in both directions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from .files import read_json
+from .tensors import WeightsError
+
+Config = TypeVar("Config")
+
+
+class Settings(NamedTuple):
+    """What a file says of a kind of model.
+
+    Args:
+        kind: its `model_type`.
+        names: our setting -> theirs.
+        fixed: what theirs have to be for the model to be ours; that is also what they are if left out.
+    """
+
+    kind: str
+    names: Mapping[str, str]
+    fixed: Mapping[str, Any]
+
+    def read(self, folder: str | Path, make: type[Config], **more: Any) -> Config:
+        """The configuration that a folder's `config.json` describes; `more` is not said there.
+
+        Raises:
+            WeightsError: there is none, or it is that of another architecture.
+        """
+        path = Path(folder) / "config.json"
+        about = read_json(path)
+        for name, wanted in {"model_type": self.kind, **self.fixed}.items():
+            found = about.get(name, None if name == "model_type" else wanted)
+            if found != wanted:
+                raise WeightsError("the model is of an architecture that this one is not", at=str(path),
+                                   got=f"{name}={str(found)[:80]!r}", expected=repr(wanted))  # fmt: skip
+        try:
+            said = {ours: _hashable(about[theirs]) for ours, theirs in self.names.items() if theirs in about}
+            return make(**said, **more)
+        except (TypeError, ValueError) as error:
+            raise WeightsError("the settings do not describe a model", at=str(path), got=str(error)[:200]) from error
+
+    def write(self, folder: str | Path, config: Any, **more: Any) -> None:
+        """Writes `config.json`."""
+        about = {"model_type": self.kind, **self.fixed, **more}
+        about |= {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
+        (Path(folder) / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def labels(classes: int) -> dict[str, dict[str, str]]:
+    """How Hugging Face's settings say how many classes there are."""
+    return {"id2label": {str(n): f"LABEL_{n}" for n in range(classes)}}
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
