@@ -36,7 +36,7 @@ from batiste.nn import Conv, Linear, LinearGeneral
 from batiste.sharding import current_plan
 
 from .safetensors import Spec, write_safetensors
-from .tensors import Weights, WeightsError
+from .tensors import Weights, WeightsError, room
 
 
 class As(NamedTuple):
@@ -226,9 +226,17 @@ def _prefix(found: list[Entry], weights: Weights, table: Table) -> str:
 
 def _read(entry: Entry, weights: Weights, dtype: DTypeLike, turn: Callable[..., np.ndarray]) -> np.ndarray:
     is_float = jnp.issubdtype(entry.variable.dtype, jnp.floating)
-    value = np.empty(entry.variable.shape, np.dtype(dtype if is_float else entry.variable.dtype))
-    for name, at in entry.parts():
-        value[at] = entry.to_ours(turn(entry.path, weights.tensors[name].read()))
+    wanted, shape = np.dtype(dtype if is_float else entry.variable.dtype), entry.variable.shape
+
+    tensors = (entry.to_ours(turn(entry.path, weights.tensors[name].read())) for name, _ in entry.parts())
+    if not entry.stacked:
+        value = next(tensors)
+        if value.dtype == wanted and value.flags.c_contiguous:
+            return value
+        tensors = iter([value])
+    value = room(math.prod(shape) * wanted.itemsize).view(wanted).reshape(shape)
+    for at, tensor in zip(np.ndindex(*entry.stacked), tensors):
+        value[at] = tensor
     return value
 
 
@@ -243,7 +251,7 @@ def _begun(path: tuple, variable: Variable) -> Any:
 def _placed(path: tuple, variable: Variable, value: Any) -> jax.Array:
     plan = current_plan()
     if plan is None:
-        return jnp.asarray(value)
+        return jax.device_put(value)
     return jax.device_put(value, NamedSharding(plan.mesh, plan.place_of(path, variable).spec))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from batiste.graph.errors import ArgumentError
 
+ALIGNMENT = 64
 LARGEST = 1 << 48  # elements; also where a dim of 0 hides the others
 
 
@@ -30,10 +31,22 @@ class Tensor(NamedTuple):
 
     def read(self) -> np.ndarray:
         """The values, as an array of their shape."""
-        raw = np.fromfile(self.file, np.uint8, self.size, offset=self.offset)
-        if raw.size != self.size:
+        raw = room(self.size)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            done = 0
+            while done < self.size and (read := file.readinto(raw[done:])):
+                done += read
+        if done != self.size:
             raise WeightsError("the file became shorter while it was read", at=str(self.file))
         return self.decode(raw, self.shape)
+
+
+def room(size: int) -> np.ndarray:
+    """Bytes that begin where JAX wants them to: on a CPU an array in them is used as it is, not copied."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
 
 
 class Weights(NamedTuple):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 from pathlib import Path
@@ -222,3 +223,22 @@ def test_a_damaged_gguf_file_is_one_error(content: bytes, message: str, tmp_path
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(WeightsError, match=message):
         open_gguf(tmp_path / "a.gguf")
+
+
+# ---------------------------------------------------------------- memory
+def test_loading_holds_the_model_and_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    bench = importlib.import_module("load")
+    config = DecoderConfig(vocab=16384, features=512, layers=8, heads=8, kv_heads=8, hidden=1536)
+    (file,) = save_decoder(Decoder(config, rngs=nnx.Rngs(0)), tmp_path)
+    largest = 4 * 16384 * 512
+    found = bench.child("batiste", str(tmp_path))
+    assert found["bytes"] < file.stat().st_size + largest + (48 << 20), "48 MB for what is traced"
+
+
+def test_what_was_loaded_may_be_given_away(tmp_path: Path) -> None:
+    save_decoder(make(), tmp_path)
+    model = load_decoder(tmp_path)
+    double = nnx.jit(lambda model: nnx.update(model, jax.tree.map(lambda x: 2 * x, nnx.state(model))), donate_argnums=0)
+    double(model)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), nnx.state(model), nnx.state(make()))
