@@ -5,8 +5,9 @@ x = pool(relu(stem(images)));  x = relu(shortcut(x) + convs(x)) for each block; 
 
 Dims, in the suffixes of names:  B batch   Y rows   X columns   C channels   K classes
 
-Source: He et al. 2016, "Deep Residual Learning for Image Recognition", table 1 and figure 5; v1.5: the 3x3 convolution
-    of a bottleneck has the stride, not the one before it (Goyal et al. 2017, "Accurate, Large Minibatch SGD", sec. 5.1).
+Source: He et al. 2016, "Deep Residual Learning for Image Recognition", table 1 and figure 5; v1.5: the
+    3x3 convolution of a bottleneck has the stride, not the one before it (Goyal et al. 2017, "Accurate, Large Minibatch
+    SGD", section 5.1).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class ResNetConfig:
 
     Args:
         depths, channels: blocks of each stage, and what they give.
-        block: `bottleneck`, 1x1, 3x3 and 1x1 convolutions with a quarter of the channels within; or `basic`, two of 3x3.
+        block: `bottleneck`, convolutions of 1x1, 3x3 and 1x1 with a quarter of the channels within; `basic`, two of 3x3.
         stem: channels of the first convolution.
         classes: how many.
 
@@ -132,9 +133,9 @@ class Block(Module):
         self.shortcut = data(ConvNorm(inputs, outputs, 1, stride, even=True, rngs=rngs) if changes else None)
 
     def __call__(self, x_BYXC: Array) -> Array:
-        y_BYXC = self.convs[0](x_BYXC)
-        for conv in self.convs[1:]:
-            y_BYXC = conv(nn.relu(y_BYXC))
+        y_BYXC = x_BYXC
+        for i, conv in enumerate(self.convs):
+            y_BYXC = conv(nn.relu(y_BYXC) if i else y_BYXC)
         return nn.relu((x_BYXC if self.shortcut is None else self.shortcut(x_BYXC)) + y_BYXC)
 
 

@@ -24,18 +24,15 @@ from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.nn.initializers import normal, zeros
 from batiste.nn.stack import Stack
 
-from .bert import Attention, Mlp
+from . import blocks
+from .blocks import Block, with_first
 from .files import open_weights
 from .images import check_images
 from .mapping import Table, load, save
 from .settings import Settings, labels
 
 RULES = (
-    ("attn/{query,key,value}/{kernel,bias}", (..., "heads", None)),
-    ("attn/out/kernel", (..., "heads", None, None)),
-    ("mlp/up/kernel", (..., "mlp")),
-    ("mlp/up/bias", (..., "mlp")),
-    ("mlp/down/kernel", (..., "mlp", None)),
+    *blocks.RULES,
     ("head/kernel", (None, "classes")),
     ("{scale,bias,first,positions,kernel}", (...,)),
 )
@@ -142,7 +139,13 @@ class Vit(Module):
         self.first = make(Param, zeros, (1, 1, D), jnp.float32, rngs.params)
         self.positions = make(Param, normal(0.02), (1, config.positions + 1, D), jnp.float32, rngs.params)
         self.dropout = nn.Dropout(config.dropout, rngs=rngs)
-        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs)
+        self.blocks = Stack(
+            lambda rngs: Block(
+                D, config.heads, config.hidden, epsilon=config.epsilon, dropout=config.dropout, rngs=rngs
+            ),
+            config.layers,
+            rngs=rngs,
+        )
         self.norm = nn.LayerNorm(D, epsilon=config.epsilon, rngs=rngs)
         self.head = nn.Linear(D, config.classes, rngs=rngs)
 
@@ -157,24 +160,8 @@ class Vit(Module):
                              expected=f"(batch, {self.config.size}, {self.config.size}, 3)",
                              fix="resize the images")  # fmt: skip
         x_BTD = self.patches(images_BYX3).reshape(len(images_BYX3), -1, self.config.features)
-        first_B1D = jnp.broadcast_to(self.first[...].astype(x_BTD.dtype), (len(x_BTD), 1, x_BTD.shape[-1]))
-        x_BTD = jnp.concatenate([first_B1D, x_BTD], axis=1) + self.positions.astype(x_BTD.dtype)
+        x_BTD = with_first(self.first[...], x_BTD) + self.positions.astype(x_BTD.dtype)
         return self.norm(self.blocks(self.dropout(x_BTD)))
-
-
-class Block(Module):
-    """y = x + attn(norm(x));  y + mlp(norm(y))"""
-
-    def __init__(self, config: VitConfig, *, rngs: Rngs):
-        self.attn_norm = nn.LayerNorm(config.features, epsilon=config.epsilon, rngs=rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.mlp_norm = nn.LayerNorm(config.features, epsilon=config.epsilon, rngs=rngs)
-        self.mlp = Mlp(config, rngs=rngs)
-        self.dropout = nn.Dropout(config.dropout, rngs=rngs)
-
-    def __call__(self, x_BTD: Array) -> Array:
-        x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD)))
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
 
 # ---------------------------------------------------------------- files
