@@ -20,12 +20,13 @@ import jax
 import numpy as np
 
 from .birth import nursery
-from .cycles import refuse_cycle
-from .epoch import structure_changed
+from .captured import AT_REST
+from .epoch import Epoch, structure_changed
 from .errors import StructureError, TraceContextError
 from .jaxcompat import current_trace, is_ref
 from .lost import Home
 from .represent import Layout, represent, treescope_form
+from .trees import Tie, look_for_cycles, warn_untied
 from .variable import MISSING, Variable
 
 A = TypeVar("A")
@@ -147,6 +148,8 @@ def prepare(self: Pytree, nodes: dict[str, bool], trace=None) -> None:
     slot(self, "_pytree__nodes", nodes)
     slot(self, "_pytree__state", PytreeState(current_trace() if trace is None else trace))
     slot(self, "_planned", False)
+    slot(self, "_known_tree", None)
+    slot(self, "_tie", None)
     slot(self, "_home", None)
 
 
@@ -170,7 +173,16 @@ class Pytree(metaclass=PytreeMeta):
     may be plain lists and dicts of Variables.
     """
 
-    __slots__ = ("_pytree__nodes", "_pytree__state", "_planned", "_home", "__dict__", "__weakref__")
+    __slots__ = (
+        "_pytree__nodes",
+        "_pytree__state",
+        "_planned",
+        "_known_tree",
+        "_tie",
+        "_home",
+        "__dict__",
+        "__weakref__",
+    )
 
     _pytree__is_pytree: bool = True
     _pytree__has_int_keys: bool = False
@@ -179,6 +191,8 @@ class Pytree(metaclass=PytreeMeta):
     if typing.TYPE_CHECKING:
         _pytree__nodes: dict[str, bool]
         _planned: bool
+        _known_tree: int | None
+        _tie: Tie | None
         _home: Home | None
 
     def __init_subclass__(cls, *, pytree: bool = True, **kwargs):
@@ -392,14 +406,15 @@ def sorted_names(self: Pytree) -> list[str]:
 
 
 def _split_attributes(self: Pytree):
-    refuse_cycle(self)
+    if self._known_tree != Epoch.now:
+        look_for_cycles(self)
     attributes, nodes = self.__dict__, self._pytree__nodes
     names = sorted_names(self)
     parts = tuple(k for k in names if nodes.get(k))
     settings = tuple(k for k in names if not nodes.get(k))
     if self._home is not None:
         self._home.delivered()
-    return parts, (parts, settings, tuple(attributes[k] for k in settings), tuple(nodes.items()))
+    return parts, (parts, settings, tuple(attributes[k] for k in settings), tuple(nodes.items()), self._tie)
 
 
 def _flatten(self: Pytree):
@@ -419,9 +434,13 @@ def _flatten_with_keys(self: Pytree):
 
 
 def _unflatten(cls: type[Pytree], aux, children):
-    parts, settings, values, nodes = aux
+    parts, settings, values, nodes, tie = aux
     self = object.__new__(cls)
     prepare(self, dict(nodes))
+    object.__setattr__(self, "_planned", True)
+    object.__setattr__(self, "_known_tree", Epoch.now)
+    if tie is not None and self._pytree__state.trace == AT_REST:
+        warn_untied(cls.__name__, tie)
     children = list(children)
     vars(self).update(zip(parts, children))
     vars(self).update(zip(settings, values))

@@ -5,6 +5,7 @@ asked for. Errors and warnings say where in the model, inside which transform, i
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import re
@@ -21,6 +22,7 @@ import pytest
 
 from batiste import linen, nnx, serialization
 from batiste.debug import TooManyProgramsError, limit_programs, why_nan
+from batiste.graph import pytree, trees
 from batiste.graph.errors import (
     AliasError,
     ArgumentError,
@@ -32,6 +34,7 @@ from batiste.graph.errors import (
     StateMismatchWarning,
     StructureError,
     TraceContextError,
+    UntiedWarning,
 )
 
 X = jnp.ones((1, 2))
@@ -343,6 +346,12 @@ WARNED: dict[str, tuple[Callable[[], Any], type[Warning], str]] = {
         lambda: restored({"a": {"w": {"b": 1}}}), StateMismatchWarning, r"\./a/w .* got the dict"),
     "from_bytes of more": (
         lambda: restored({"a": {"w": X, "b": 1}}), StateMismatchWarning, r"parts at \./a that the target lacks.*: b"),
+    "tied weights in jax.tree.map": (
+        lambda: jax.tree.map(lambda x: x, nnx.Dict(a=tied())), UntiedWarning,
+        "the List has one Param at a/0/kernel and at a/1/kernel"),
+    "tied weights in jax.grad": (
+        lambda: jax.grad(lambda m: (m[0].kernel * m[1].kernel).sum())(tied()), UntiedWarning,
+        "the List has one Param at 0/kernel and at 1/kernel"),
     "a captured Variable changed": (
         read_by_a_closure, StaleCaptureWarning, r"compiles <lambda> again: the Param .*Read in: .*inside nnx\.jit"),
     "a captured object was replaced": (closure_over_another_object, StaleCaptureWarning, "compiles <lambda> again"),
@@ -381,6 +390,14 @@ def of_another_precision() -> None:
     nnx.update(fresh(), jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(fresh())))
 
 
+def tied_and_only_read() -> None:
+    layers = tied()
+    jax.jit(lambda layers: layers[0].kernel * layers[1].kernel)(layers)
+    jax.tree.map(lambda x: x, nnx.state(layers))
+    layers[1].kernel = nnx.Param(jnp.ones((1, 1)))
+    jax.tree.map(lambda x: x, layers)
+
+
 def parts_put_back() -> None:
     layer = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     nnx.update(layer, nnx.pop(layer, nnx.BatchStat))
@@ -400,13 +417,38 @@ def a_stream_per_member() -> None:
 
 @pytest.mark.parametrize(
     "use",
-    [stacked, of_another_precision, parts_put_back, read_and_unchanged, a_stream_per_member],
+    [stacked, of_another_precision, tied_and_only_read, parts_put_back, read_and_unchanged, a_stream_per_member],
     ids=lambda use: use.__name__,
 )
 def test_what_is_meant_is_not_warned_of(use: Callable[[], None]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use()
+
+
+def test_a_cycle_that_comes_later_is_found() -> None:
+    for path in (("a",), ("a", "b")):
+        for kept in (nnx.data([]), nnx.Dict()):
+            model = nnx.Dict(x=kept)
+            for name in path:
+                model = nnx.Dict({name: model})
+            assert jax.tree.leaves(model) == []
+            inner = functools.reduce(getattr, reversed(path), model).x
+            inner.append(model) if isinstance(inner, list) else setattr(inner, "up", model)
+            with pytest.raises(StructureError, match="the Dict holds itself"):
+                jax.tree.leaves(model)
+
+
+def test_an_object_is_walked_once() -> None:
+    model, walks = Counter(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytree, "look_for_cycles", lambda x: (walks.append(x), trees.look_for_cycles(x)))
+        for _ in range(3):
+            jax.tree.leaves(model)
+        assert walks == [model]
+        model.other = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        jax.tree.leaves(model)
+        assert walks == [model, model]
 
 
 def test_after_a_cycle_was_refused_all_goes_on() -> None:
