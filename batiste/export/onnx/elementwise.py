@@ -172,8 +172,8 @@ def reduced(graph: Graph, eqn: Any, x: str) -> str:
     kind, axes, dtype = REDUCED[eqn.primitive.name], eqn.params["axes"], lying(dtypes(eqn)[0])
     if not axes:
         return x
-    wide = dtype in NARROW
-    found = graph.op(kind, graph.cast(x, np.int32) if wide else x, graph.ints(*axes), keepdims=0)
+    wide = np.int32 if dtype in NARROW else np.int64 if jnp.issubdtype(dtype, jnp.unsignedinteger) else None
+    found = graph.op(kind, graph.cast(x, wide) if wide else x, graph.ints(*axes), keepdims=0)
     return graph.cast(found, dtype) if wide else found
 
 

@@ -96,11 +96,14 @@ def scan(graph: Graph, eqn: Any, *inputs: str) -> list[str]:
     described = [body.info(name, v.aval) for name, v in zip(names, variables)]
     outputs = [body.info(name, v.aval) for name, v in zip(results, closed.jaxpr.outvars)]
     ins, outs = len(variables) - carried, len(results) - carried
-    if ins == 0:
-        raise ExportError("ONNX scans over arrays only", fix="scan over jnp.arange(length)")
+    given = list(inputs[consts:])
+    if ins == 0:  # Scan goes over something: over nothing, so many times
+        given.append(graph.op("ConstantOfShape", graph.dim(p["length"])))
+        described.append(graph.helper.make_tensor_value_info(body.name("in"), graph.type(np.float32), []))
+        ins = 1
     direction = int(p["reverse"])
     made = graph.op(
-        "Scan", *inputs[consts:], outputs=len(results), num_scan_inputs=ins,
+        "Scan", *given, outputs=len(results), num_scan_inputs=ins,
         body=graph.helper.make_graph(body.nodes, body.name("body"), described, outputs),
         scan_input_directions=[direction] * ins, **({"scan_output_directions": [direction] * outs} if outs else {}),
     )  # fmt: skip

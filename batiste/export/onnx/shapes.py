@@ -42,9 +42,26 @@ def broadcast_in_dim(graph: Graph, eqn: Any, x: str, *sizes: str) -> str:
     return x if tuple(among) == tuple(shape) else graph.expand(x, shape)
 
 
+@rule("tile")
+def tile(graph: Graph, eqn: Any, x: str) -> str:
+    return graph.op("Tile", x, graph.shape(eqn.params["reps"]))
+
+
 @rule("concatenate")
 def concatenate(graph: Graph, eqn: Any, *xs: str) -> str:
     return graph.op("Concat", *xs, axis=eqn.params["dimension"])
+
+
+@rule("stack")
+def stack(graph: Graph, eqn: Any, *xs: str) -> str:
+    axis = eqn.params["axis"]
+    return graph.op("Concat", *(graph.op("Unsqueeze", x, graph.ints(axis)) for x in xs), axis=axis)
+
+
+@rule("unstack")
+def unstack(graph: Graph, eqn: Any, x: str) -> list[str]:
+    axis = eqn.params["axis"]
+    return [graph.op("Gather", x, graph.const(np.asarray(i, np.int64)), axis=axis) for i in range(len(eqn.outvars))]
 
 
 @rule("split")
@@ -162,6 +179,8 @@ def gather(graph: Graph, eqn: Any, x: str, indices: str) -> str:
     """Whole slices along some dims, chosen by indices along the others: GatherND of the operand with those in front."""
     dims, sizes, mode = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.params["mode"]
     operand, where = (v.aval for v in eqn.invars)
+    if where.ndim == 1:
+        return one_slice(graph, eqn, x, indices)
     batching = list(dims.operand_batching_dims)
     looked = list(dims.start_index_map)
     rest = [i for i in range(operand.ndim) if i not in looked and i not in batching]
@@ -194,14 +213,36 @@ def gather(graph: Graph, eqn: Any, x: str, indices: str) -> str:
     ones = [key for key in place if key not in now]  # dims of size 1 that were looked up and kept
     shape = [out.shape[place[key]] for key in now]
     if inside is not None:
-        filled = np.nan if jnp.issubdtype(out.dtype, jnp.inexact) else _filling(out.dtype)
         mask = graph.reshape(graph.transpose(inside, order), [*shape[: len(order)], *([1] * len(rest))])
-        empty = graph.const(np.asarray(filled, lying(out.dtype)))
+        empty = graph.const(np.asarray(_filler(out), lying(out.dtype)))
         found = graph.op("Where", graph.cast(mask, bool), found, empty)
     if ones:
         found = graph.reshape(found, [*shape, *([1] * len(ones))])
     now = [*now, *ones]
     return graph.transpose(found, [[place[key] for key in now].index(i) for i in range(out.ndim)])
+
+
+def one_slice(graph: Graph, eqn: Any, x: str, indices: str) -> str:
+    """A gather of a single slice, of whatever size."""
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    operand, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    axes = graph.ints(*dims.start_index_map)
+    wanted = graph.op("Cast", indices, to=graph.type(np.int64))
+    rooms = graph.shape([operand.shape[i] - sizes[i] for i in dims.start_index_map])
+    start = graph.op("Min", graph.op("Max", wanted, graph.ints(0)), rooms)
+    stop = graph.op("Add", start, graph.shape([sizes[i] for i in dims.start_index_map]))
+    found = graph.op("Slice", x, start, stop, axes) if dims.start_index_map else x
+    for axis in [i for i in range(operand.ndim) if i not in dims.start_index_map and sizes[i] != operand.shape[i]]:
+        found = graph.cut(found, axis, 0, sizes[axis])
+    found = graph.reshape(found, out.shape)
+    if eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP or not dims.start_index_map:
+        return found
+    inside = graph.op("ReduceMin", graph.cast(graph.op("Equal", start, wanted), np.int32), keepdims=0)
+    return graph.op("Where", graph.cast(inside, bool), found, graph.const(np.asarray(_filler(out), lying(out.dtype))))
+
+
+def _filler(aval: Any) -> float:
+    return np.nan if jnp.issubdtype(aval.dtype, jnp.inexact) else _filling(aval.dtype)
 
 
 def _filling(dtype: Any) -> int:

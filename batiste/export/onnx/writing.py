@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
 from batiste.checkpoint.files import Fs, write_all, write_sealed
@@ -109,7 +110,7 @@ def _name_sizes(graph: Graph, inputs: Mapping[str, ShapeDtype]) -> None:
 
 def _tensor(graph: Graph, name: str, x: Any) -> str:
     """A weight, as weights/… and its path."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise ExportError("ONNX knows no random keys", at=name, fix="call model.eval() first")
     tensor = need("onnx.numpy_helper", extra="onnx").from_array(np.asarray(x).astype(lying(x.dtype)), f"weights/{name}")
     graph.initializers.append(tensor)
