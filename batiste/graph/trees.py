@@ -7,6 +7,7 @@ Variable at two places becomes two. The first node that it calls for is walked w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from .epoch import Epoch
 from .errors import StructureError, UntiedWarning
 from .variable import Param, Variable
 
+SHALLOW = 100  # levels that are always there
 _mark = object.__setattr__
 
 
@@ -47,10 +49,10 @@ def look_for_cycles(root: Any) -> None:
     What holds plain lists or dicts, which change without telling, is known but for these: it is looked at each time.
 
     Raises:
-        StructureError: it holds itself.
+        StructureError: it holds itself, or more levels than Python can go down.
     """
     again = root._known_tree == ~Epoch.now  # then all that is known is passed over
-    nodes, untelling, params = [], set(), {}
+    nodes, untelling, params, depth = [], set(), {}, 0
     todo = [_Place(root, (), ())]
     while todo:
         x, above, path = place = todo.pop()
@@ -71,15 +73,28 @@ def look_for_cycles(root: Any) -> None:
         elif not isinstance(x, tuple):
             untelling.update(map(id, above))
         above = (*above, x)
+        depth = max(depth, len(above))
         todo += [
             _Place(part, above, (*path, key))
             for key, part in _parts(x)
             if isinstance(part, (Variable, list, dict, tuple))
             or (_is_node(part) and not (again and part._known_tree == Epoch.now))
         ]
+    if depth > SHALLOW and depth > (room := sys.getrecursionlimit() - _frames() - SHALLOW):
+        raise StructureError(f"the {type(root).__name__} is nested too deep for JAX to take it apart", got=depth,
+                             expected=f"at most {room} levels",
+                             fix=f"sys.setrecursionlimit({depth + 1000})")  # fmt: skip
     for x in nodes:
         _mark(x, "_planned", True)
         _mark(x, "_known_tree", ~Epoch.now if id(x) in untelling else Epoch.now)
+
+
+def _frames() -> int:
+    """The number of calls that are running."""
+    frame, count = sys._getframe(), 0
+    while frame is not None:
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def _meet(first: _Place, second: _Place) -> None:
