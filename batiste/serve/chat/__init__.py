@@ -20,8 +20,7 @@ from .model import LanguageModel
 from .sampling import Sampling
 from .slots import Slots
 from .templates import TEMPLATES, JinjaTemplate, Message, Template, template_of
-from .text import Text, Tokenizer
-from .words import Words
+from .text import Tokenizer
 
 __all__ = [
     "TEMPLATES",
@@ -37,10 +36,8 @@ __all__ = [
     "Sampling",
     "Slots",
     "Template",
-    "Text",
     "Token",
     "Tokenizer",
-    "Words",
     "load_embedder",
     "load_language_model",
     "template_of",

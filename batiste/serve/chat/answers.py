@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 from batiste.graph.errors import ArgumentError
+from batiste.models.tokenizers import HALF, Text
 
 from .engine import End, Job, Refused, Token
 from .errors import RequestError
 from .model import LanguageModel
 from .requests import Ask
-from .text import HALF, Text
 
 LEAST = -9999.0  # stands for the log probability of what cannot be, since JSON has no infinity
 

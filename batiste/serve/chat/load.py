@@ -13,13 +13,14 @@ from jax.typing import DTypeLike
 
 from batiste.graph.errors import ArgumentError
 from batiste.models import SentenceEncoder, load_decoder, open_weights
+from batiste.models.tokenizers import Tokenizer
 
 from .embedder import Embedder
 from .engine import Engine
 from .model import LanguageModel
 from .slots import PIECES, Slots
 from .templates import TEMPLATES, template_of
-from .words import Words, name_of
+from .words import name_of
 
 
 def load_language_model(path: str | Path, *, name: str | None = None, slots: int = 8,
@@ -46,7 +47,7 @@ def load_language_model(path: str | Path, *, name: str | None = None, slots: int
     if template is not None and template not in TEMPLATES:
         raise ArgumentError("there is no such template", got=template, expected=", ".join(TEMPLATES))
     about = _published(path)
-    words = Words.of_folder(path) if path.is_dir() else Words.of_gguf(about, path)
+    words = Tokenizer.of_folder(path) if path.is_dir() else Tokenizer.of_gguf(about, path)
     model = load_decoder(path, dtype=dtype)
     if max(lengths) > model.config.context:
         raise ArgumentError("the model was not trained for so many positions", got=max(lengths),

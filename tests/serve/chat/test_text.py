@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batiste.serve.chat.text import HALF, Text, divided, encoded
+from batiste.models.tokenizers import HALF, Text
+from batiste.serve.chat.text import divided, encoded
 
 RANDOM = np.random.default_rng(0)
 WRITTEN = "naïve “quotes” 日本語 🎉 family 👨‍👩‍👧, end.\n\n"
