@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import jax
@@ -131,3 +132,13 @@ def test_wrong_patterns_are_errors_with_a_fix() -> None:
     add_lora(model, *LAYERS, rngs=nnx.Rngs(0))
     with pytest.raises(ArgumentError, match="one around each"):
         add_lora(model, "*/query", rngs=nnx.Rngs(0))
+
+
+def test_the_example_lowers_the_perplexity_of_held_out_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    options = "--model tiny --steps 20 --length 16 --batch 4 --held 4 --rate 1e-2 --out".split()
+    monkeypatch.setattr("sys.argv", ["lora.py", *options, str(tmp_path)])
+    assert importlib.import_module("lora").main() == 0
+    assert "held-out tokens" in capsys.readouterr().out and (tmp_path / "model.safetensors").exists()
