@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block of a transformer with norms first, as ViT, CLIP, Whisper and DiT have it.
 
-Dims, in the suffixes of names:  B batch   T positions   S positions looked at   D features   H heads   C depth of a head
+Dims, in the suffixes of names:  B batch   T positions   S positions looked at   D features   H heads   C depth of head
 """
 
 from __future__ import annotations

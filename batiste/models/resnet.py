@@ -56,7 +56,7 @@ class ResNetConfig:
 
     Args:
         depths, channels: blocks of each stage, and what they give.
-        block: `bottleneck`, convolutions of 1x1, 3x3 and 1x1 with a quarter of the channels within; `basic`, two of 3x3.
+        block: `bottleneck`, convolutions of 1x1, 3x3 and 1x1 with a quarter of the channels; `basic`, two of 3x3.
         stem: channels of the first convolution.
         classes: how many.
 

@@ -19,7 +19,7 @@ class Settings(NamedTuple):
 
     Args:
         kind: its `model_type`.
-        names: our setting -> theirs.
+        names: our setting -> theirs; a dot leads into a part.
         fixed: what theirs have to be for the model to be ours; that is also what they are if left out.
     """
 
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
             WeightsError: there is none, or it is that of another architecture.
         """
         path = Path(folder) / "config.json"
-        about = read_json(path)
+        about = _flat(read_json(path))
         for name, wanted in {"model_type": self.kind, **self.fixed}.items():
             found = about.get(name, None if name == "model_type" else wanted)
             if found != wanted:
@@ -50,12 +50,22 @@ class Settings(NamedTuple):
         """Writes `config.json`."""
         about = {"model_type": self.kind, **self.fixed, **more}
         about |= {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
-        (Path(folder) / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        nested: dict[str, Any] = {name: value for name, value in about.items() if "." not in name}
+        for name in about.keys() - nested.keys():
+            part, _, rest = name.partition(".")
+            nested.setdefault(part, {})[rest] = about[name]
+        (Path(folder) / "config.json").write_text(json.dumps(nested, indent=2, sort_keys=True) + "\n")
 
 
 def labels(classes: int) -> dict[str, dict[str, str]]:
     """How Hugging Face's settings say how many classes there are."""
     return {"id2label": {str(n): f"LABEL_{n}" for n in range(classes)}}
+
+
+def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
+    """With what the parts of a model say, behind a dot."""
+    parts = {name: part for name, part in about.items() if isinstance(part, dict)}
+    return {**about, **{f"{name}.{rest}": value for name, part in parts.items() for rest, value in part.items()}}
 
 
 def _hashable(value: Any) -> Any:
