@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -29,16 +31,18 @@ def resident(most: bool) -> int:
     return 1024 * int(said.split("VmHWM:" if most else "VmRSS:")[1].split()[0])
 
 
-def ours(folder: str) -> object:
+def ours(folder: str) -> Callable[[], object]:
     import jax
+
     from batiste.models import load_decoder
 
     jax.block_until_ready(jax.numpy.zeros(1) + 1)  # the backend is there
     return lambda: jax.block_until_ready(jax.tree.leaves(load_decoder(folder)))
 
 
-def ours_sharded(folder: str) -> object:
+def ours_sharded(folder: str) -> Callable[[], object]:
     import jax
+
     from batiste import sharding
     from batiste.models import RULES, load_decoder
 
@@ -51,19 +55,19 @@ def ours_sharded(folder: str) -> object:
     return load
 
 
-def safetensors_numpy(folder: str) -> object:
+def safetensors_numpy(folder: str) -> Callable[[], object]:
     from safetensors.numpy import load_file
 
     return lambda: load_file(f"{folder}/model.safetensors")
 
 
-def safetensors_torch(folder: str) -> object:
+def safetensors_torch(folder: str) -> Callable[[], object]:
     from safetensors.torch import load_file
 
     return lambda: {name: value.clone() for name, value in load_file(f"{folder}/model.safetensors").items()}
 
 
-def transformers(folder: str) -> object:
+def transformers(folder: str) -> Callable[[], object]:
     from transformers import AutoModelForCausalLM
 
     def load() -> object:
@@ -86,7 +90,7 @@ def measured(name: str, folder: str) -> None:
     """In the child: prints seconds and bytes."""
     load = CONTENDERS[name](folder)
     before, began = resident(most=False), time.perf_counter()
-    kept = load()  # type: ignore[operator]
+    kept = load()
     seconds = time.perf_counter() - began
     print(json.dumps({"seconds": seconds, "bytes": resident(most=True) - before, "kept": kept is not None}))
 
@@ -100,7 +104,7 @@ def child(name: str, folder: str) -> dict[str, float]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def figures(layers: int, features: int, vocab: int, rounds: int, folder: str) -> list[dict[str, float | str]]:
+def figures(layers: int, features: int, vocab: int, rounds: int, folder: str) -> list[dict[str, Any]]:
     from batiste.graph import Rngs
     from batiste.models import Decoder, DecoderConfig, save_decoder
 
@@ -140,13 +144,13 @@ def main() -> None:
             (
                 str(row["contender"]),
                 f"{row['seconds']:.2f}",
-                f"{row['bytes'] / 1e6:.0f}",  # type: ignore[operator]
+                f"{row['bytes'] / 1e6:.0f}",
                 f"{row['bytes'] / row['file']:.2f}",
                 f"{row['largest'] / 1e6:.0f}",
             )
             for row in rows
         ],
-    )  # type: ignore[operator]
+    )
     if args.json:
         print(json.dumps({"loads": rows}))
 
