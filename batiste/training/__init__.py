@@ -17,7 +17,7 @@ from .epochs import Epochs
 from .evaluation import Change, Comparison, Figure, Report, Verdict, compare, evaluate
 from .guards import Guard, LossScale, NonFiniteError
 from .hooks import Evaluation, Hook, Progress, StopEarly
-from .loop import Checkpoints, Interrupted, Run, Until, fit
+from .loop import Checkpoints, Interrupted, OutOfMemoryError, Run, Until, fit
 from .optimizer import Optimizer
 from .scores import (
     Score,
@@ -53,6 +53,7 @@ __all__ = [
     "LossScale",
     "NonFiniteError",
     "Optimizer",
+    "OutOfMemoryError",
     "Progress",
     "Report",
     "Run",

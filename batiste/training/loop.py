@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import threading
 import time
@@ -22,14 +23,14 @@ from typing import Any, Protocol
 
 import jax
 
-from batiste.graph.errors import ArgumentError, CallError
+from batiste.graph.errors import ArgumentError, BatisteError, CallError
 
 from .clock import Clock
 from .epochs import END, Epochs
 from .guards import FINE, halted
 from .hooks import Hook
 
-__all__ = ["Checkpoints", "Interrupted", "Run", "Until", "fit"]
+__all__ = ["Checkpoints", "Interrupted", "OutOfMemoryError", "Run", "Until", "fit"]
 
 AHEAD = 4  # steps that may be under way on the device
 
@@ -81,6 +82,13 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {self.signal.name} after step {self.run.step}"
+
+
+class OutOfMemoryError(BatisteError, MemoryError):
+    """A step needed more memory than there is. The step before may have given its buffers away: the checkpoint has all.
+
+    The model of the failed run is not to be used any more; a new run goes on from the newest checkpoint.
+    """
 
 
 class Run:
@@ -345,6 +353,16 @@ def _ended(run: Run) -> Iterator[None]:
     """Ends all hooks and the saving, whatever happened."""
     try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        asked = re.search(r"(\d+) bytes", str(error))
+        raise OutOfMemoryError(
+            "the memory does not suffice for a step", at=f"step {run.step}",
+            got=f"{asked[1]} bytes asked for" if asked else None,
+            fix="take a smaller batch, its parts one by one (train_step(parts=)), or remat; a new run goes on from the "
+            "newest checkpoint",
+        ) from error  # fmt: skip
     finally:
         try:
             run.call("end")

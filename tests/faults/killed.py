@@ -86,7 +86,7 @@ def main() -> None:
         pid, pipe = child(args.folder, args.mib, args.jax)
         first = os.read(pipe, RECORD.size)  # it has begun its first save
         assert first, "the child ended by itself"
-        time.sleep(rng.uniform(0, 0.12))
+        time.sleep(rng.uniform(0, 0.4))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         done, inside = told(pipe)
