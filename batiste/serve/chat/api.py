@@ -18,6 +18,7 @@ import numpy as np
 
 from batiste.graph.errors import ArgumentError
 from batiste.graph.optional import need
+from batiste.serve.errors import Refusal
 
 from .answers import Answers, Event, chat_logprobs, text_logprobs
 from .embedder import Embedder
@@ -263,8 +264,9 @@ def _guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaita
     async def guarded(request: Any) -> Any:
         try:
             return await handler(request)
-        except RequestError as error:
-            return _json(error.body(), error.status, error.headers)
+        except Refusal as error:
+            told = error if isinstance(error, RequestError) else RequestError(error.status, error.problem)
+            return _json(told.body(), told.status, error.headers)
         except TimeoutError:
             return _json(RequestError(504, "The answer was not ready in time").body(), 504)
         except need("starlette.requests", extra="serve").ClientDisconnect:

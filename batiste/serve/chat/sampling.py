@@ -50,7 +50,8 @@ class Sampling:
         """These settings as one row of the arrays."""
         digest = hashlib.blake2b(f"{self.seed} {self.choice}".encode(), digest_size=8).digest()
         how = sampling.Sampling(*(getattr(self, name) for name in sampling.Sampling._fields)).rows(1)
-        return Draws(type(how)(*(np.asarray(x)[0] for x in how)), np.bool_(self.logprobs), np.frombuffer(digest, np.uint32))
+        own = type(how)(*(np.asarray(x)[0] for x in how))
+        return Draws(own, np.bool_(self.logprobs), np.frombuffer(digest, np.uint32))
 
 
 class Draws(NamedTuple):
