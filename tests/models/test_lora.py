@@ -138,7 +138,8 @@ def test_the_example_lowers_the_perplexity_of_held_out_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    options = "--model tiny --steps 20 --length 16 --batch 4 --held 4 --rate 1e-2 --out".split()
-    monkeypatch.setattr("sys.argv", ["lora.py", *options, str(tmp_path)])
+    sizes = {"--steps": 20, "--length": 16, "--batch": 4, "--held": 4, "--rate": 1e-2, "--out": tmp_path}
+    options = [str(word) for option in sizes.items() for word in option]
+    monkeypatch.setattr("sys.argv", ["lora.py", "--model", "tiny", *options])
     assert importlib.import_module("lora").main() == 0
     assert "held-out tokens" in capsys.readouterr().out and (tmp_path / "model.safetensors").exists()
