@@ -125,9 +125,7 @@ def main() -> int:
     for label, part in enumerate(PARTS):
         print(f"{part:<10} {(test.labels == label).sum():>6} {right[test.labels == label].mean():>7.1%}")
     chance = np.bincount(test.labels).max() / len(test.labels)
-    print(
-        f"\nheld-out accuracy {accuracy:.1%}, 95 % interval {low:.1%} to {high:.1%} (always the same part: {chance:.1%})"
-    )
+    print(f"\nheld-out accuracy {accuracy:.1%}, 95 % interval {low:.1%} to {high:.1%}; always one part: {chance:.1%}")
     if accuracy < args.require:
         print(f"below the required {args.require:.1%}", file=sys.stderr)
         return 1

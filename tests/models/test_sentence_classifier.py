@@ -22,7 +22,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 def test_it_says_how_sure_it_is_and_misses_a_threshold() -> None:
     ended = run("--each", 12, "--steps", 20, "--require", 1.0)
     assert ended.returncode == 1, ended.stderr
-    for words in ("72 verses of 6 parts as vectors of 384", "step   20: loss", "95 % interval", "always the same part"):
+    for words in ("72 verses of 6 parts as vectors of 384", "step   20: loss", "95 % interval", "always one part"):
         assert words in ended.stdout
     assert "below the required" in ended.stderr
 
