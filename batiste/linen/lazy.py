@@ -42,7 +42,7 @@ def _describe(of: type, settings: tuple[tuple[str, Any], ...]) -> Any:
         return of(**dict(settings), rngs=_Undrawn) if "rngs" in parameters(of) else of(**dict(settings))
 
 
-_remembered = functools.lru_cache(maxsize=4096)(_describe)
+_remembered = functools.lru_cache(maxsize=1024)(_describe)  # bounded: it keeps initialisers and what they close over
 
 
 @functools.cache
@@ -171,17 +171,20 @@ class Lazy(Module):
 
     @nowrap
     def run(self, settings: Mapping[str, Any], *args: Any, method: str = "__call__", parts: Mapping[str, Any] = {},
-            shapes: Mapping[str, tuple[int, ...]] = {}, **kwargs: Any) -> Any:  # fmt: skip
+            shapes: Mapping[str, tuple[int, ...]] = {}, options: Mapping[str, Any] = {},
+            **kwargs: Any) -> Any:  # fmt: skip
         """The result of a method of the layer.
 
         Args:
             settings: of the layer's constructor.
             shapes: of the variables whose shape in the scope is another one than in the layer.
             parts: modules, or functions, that stand in the place of parts of the layer.
+            options: attributes of the layer that its constructor does not take.
         """
         parts = {name: _part(x) if isinstance(x, Module) else x for name, x in parts.items()}
         loans: list[Loan] = []
         layer = instantiate(describe(self._of, settings), self.scope, shapes, loans, parts)  # type: ignore[arg-type]
+        vars(layer).update(options)
         y = getattr(layer, method)(*args, **kwargs)
         for loan in loans:
             loan.settle()

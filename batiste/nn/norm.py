@@ -73,9 +73,13 @@ def _affine(y: Array, scale: Array | None, bias: Array | None, shape: tuple[int,
     return y if bias is None else y + bias.reshape(shape)
 
 
-def _wide(x: Array) -> Array:
-    """`x` in the precision that moments are taken in: at least float32."""
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+class _Normalizing(Module):
+    """What the layers share: the precision that moments are taken in."""
+
+    force_float32_reductions = True  # the functional face lets its layers turn it off
+
+    def _wide(self, x: Array) -> Array:
+        return x.astype(jnp.promote_types(jnp.float32, x.dtype)) if self.force_float32_reductions else x
 
 
 def _selection(mask: Any, x: Array) -> Array | None:
@@ -84,7 +88,7 @@ def _selection(mask: Any, x: Array) -> Array | None:
 
 
 # ---------------------------------------------------------------- the layers
-class BatchNorm(Module):
+class BatchNorm(_Normalizing):
     """y[..., c] = (x[..., c] - mean[c]) / √(var[c] + ε) * scale[c] + bias[c]
 
     In training the moments are the batch's, over all dims but `axis`, and the stored ones follow them:
@@ -164,11 +168,11 @@ class BatchNorm(Module):
         features = _dims(self, "axis", self.axis, x.ndim)
         shape = _feature_shape(self, x, features, self.num_features)
         if stored:
-            factor = lax.rsqrt(_wide(var) + self.epsilon).reshape(shape)
-            return _affine((_wide(x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
+            factor = lax.rsqrt(self._wide(var) + self.epsilon).reshape(shape)
+            return _affine((self._wide(x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
         dims = tuple(dim for dim in range(x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, mean, var = normalize(average, _wide(x), _selection(mask, x))
+        y, mean, var = normalize(average, self._wide(x), _selection(mask, x))
         for statistic, new in ((self.mean, mean), (self.var, var)):
             followed = self.momentum * statistic[...] + (1 - self.momentum) * new.reshape(self.num_features)
             statistic.set_value(lax.stop_gradient(followed))  # as it is: a complex mean stays one
@@ -184,7 +188,7 @@ class BatchNorm(Module):
             self.use_running_average = use_running_average
 
 
-class LayerNorm(Module):
+class LayerNorm(_Normalizing):
     """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over the features of each entry
 
     Args:
@@ -253,11 +257,11 @@ class LayerNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, _wide(x), _selection(mask, x))
+        y, _, _ = normalize(average, self._wide(x), _selection(mask, x))
         return _affine(y, scale, bias, shape).astype(dtype)
 
 
-class RMSNorm(Module):
+class RMSNorm(_Normalizing):
     """y = x / √(E[x²] + ε) * scale, the mean square over the features of each entry
 
     Args:
@@ -321,11 +325,11 @@ class RMSNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, False,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, _wide(x), _selection(mask, x))
+        y, _, _ = normalize(average, self._wide(x), _selection(mask, x))
         return _affine(y, scale, None, shape).astype(dtype)
 
 
-class GroupNorm(Module):
+class GroupNorm(_Normalizing):
     """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over each group of channels of each example
 
     Args:
@@ -400,7 +404,7 @@ class GroupNorm(Module):
         average = Average(self._grouped_dims(x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
         where = None if mask is None else jnp.broadcast_to(jnp.asarray(mask, bool), x.shape).reshape(grouped)
-        y, _, _ = normalize(average, _wide(x).reshape(grouped), where)
+        y, _, _ = normalize(average, self._wide(x).reshape(grouped), where)
         return _affine(y.reshape(x.shape), scale, bias, shape).astype(dtype)
 
     def _grouped_dims(self, ndim: int) -> tuple[int, ...]:
@@ -437,7 +441,7 @@ def _groups(num_features: int, num_groups: int | None, group_size: int | None) -
     )
 
 
-class InstanceNorm(Module):
+class InstanceNorm(_Normalizing):
     """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over all but the batch and the channels
 
     Args:
@@ -509,5 +513,5 @@ class InstanceNorm(Module):
         shape = _feature_shape(self, x, features, self.num_features)
         dims = tuple(dim for dim in range(1, x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, _, _ = normalize(average, _wide(x), _selection(mask, x))
+        y, _, _ = normalize(average, self._wide(x), _selection(mask, x))
         return _affine(y, scale, bias, shape).astype(dtype)
