@@ -9,6 +9,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 
@@ -76,7 +77,7 @@ def _own_transform(frame: FrameType) -> str:
         return ""
     names = frame.f_locals
     holder = names.get("self")
-    mode = names.get("mode") or getattr(getattr(holder, "crossing", holder), "mode", None)
+    mode: Any = names.get("mode") or getattr(getattr(holder, "crossing", holder), "mode", None)
     return f"nnx.{mode.name}" if hasattr(mode, "name") else ""
 
 
