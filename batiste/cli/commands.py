@@ -130,9 +130,7 @@ def of_serve(parser: ArgumentParser) -> None:
     parser.add_argument("--share", type=float, default=0.01, metavar="X", help="the part that is kept (0.01)")
     parser.add_argument("--reference", metavar="FILE", help="measure drift against this file")
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="answers at a time of a decoder (8)")
-    parser.add_argument(
-        "--length", type=int, default=1024, metavar="N", help="of a prompt with its answer (1024)"
-    )
+    parser.add_argument("--length", type=int, default=1024, metavar="N", help="of a prompt with its answer (1024)")
     parser.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"), help="(info)")
 
 

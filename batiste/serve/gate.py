@@ -53,8 +53,9 @@ class Gate:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
-                more = [(b"x-request-id", own.encode()), *([(b"connection", b"close")] if self.draining else [])]
-                message = {**message, "headers": [*message.get("headers", []), *more]}
+                more = {b"x-request-id": own.encode()} | ({b"connection": b"close"} if self.draining else {})
+                before = [pair for pair in message.get("headers", []) if pair[0] not in more]
+                message = {**message, "headers": [*before, *more.items()]}
             await send(message)
 
         self.running += 1
@@ -79,7 +80,7 @@ class Gate:
     def _check(self, path: str, headers: dict[str, str]) -> None:
         if path in OPEN:
             return
-        if self.draining:
+        if self.draining and path != "/metrics":
             raise Refusal(503, "The server is closing", after=1.0)
         if self.keys:
             word, _, bearer = headers.get("authorization", "").partition(" ")

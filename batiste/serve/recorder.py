@@ -105,23 +105,31 @@ class Recorder:
             if counts.sum() >= ENOUGH:
                 yield model, tensor, histogram.index(counts)
 
+    def flush(self) -> None:
+        """Waits until all that was seen has been looked at."""
+        self._queue.join()
+
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join(10)
 
     def _work(self) -> None:
         while (seen := self._queue.get()) is not None:
-            model, version, inputs, outputs, keep = seen
-            for side, arrays in (("inputs", inputs), ("outputs", outputs)):
-                for name, x in arrays.items():
-                    histogram = self.reference.get((model, f"{side}/{name}"))
-                    if histogram is not None:
-                        self.counts[model, f"{side}/{name}"] += histogram.count(x)
-            if keep:
-                try:
-                    self._write(model, version, inputs, outputs)
-                except OSError:
-                    log.exception("a sample was not written")
+            try:
+                self._look(*seen)
+            except Exception:
+                log.exception("a request was not recorded")
+            finally:
+                self._queue.task_done()
+
+    def _look(self, model: str, version: str, inputs: Arrays, outputs: Arrays, keep: bool) -> None:
+        for side, arrays in (("inputs", inputs), ("outputs", outputs)):
+            for name, x in arrays.items():
+                histogram = self.reference.get((model, f"{side}/{name}"))
+                if histogram is not None:
+                    self.counts[model, f"{side}/{name}"] += histogram.count(x)
+        if keep:
+            self._write(model, version, inputs, outputs)
 
     def _write(self, model: str, version: str, inputs: Arrays, outputs: Arrays) -> None:
         assert self.folder is not None

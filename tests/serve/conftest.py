@@ -54,7 +54,7 @@ class Running:
             return 0
 
     def infer(self, rows: list[list[float]], timeout: float = 20) -> Any:
-        entry = {"name": "x", "shape": [len(rows), 4], "datatype": "FP32", "data": sum(rows, [])}
+        entry = {"name": "x", "shape": [len(rows), 4], "datatype": "FP32", "data": [n for row in rows for n in row]}
         return self.ask("POST", "/v2/models/double/infer", json.dumps({"inputs": [entry]}), timeout)
 
     def raw(self, data: bytes, timeout: float = 5.0) -> bytes:

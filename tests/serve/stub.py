@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server for the tests, in a process of its own: `python stub.py PORT [SECONDS]`.
 
-Its model doubles rows of four numbers, and takes SECONDS for a batch of at most four. A row that begins with 666 makes it
-raise, with 777 it answers NaN, with 888 it hangs.
+Its model doubles rows of four numbers, and takes SECONDS for a batch of at most four. A row that begins with 666 makes
+it raise, with 777 it answers NaN, with 888 it hangs.
 """
 
 from __future__ import annotations

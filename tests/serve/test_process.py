@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server in a process of its own: other people's clients, hostile bytes, signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+
+from batiste.cli import main
+from batiste.serve import Recorder, Servable
+
+from .conftest import HERE, Running, running
+
+GOLDEN = next((HERE.parent / "export" / "golden").glob("*/classifier"))
+
+
+def test_tritons_client_is_answered_as_json_and_as_bytes(quick: Running) -> None:
+    client = triton.InferenceServerClient(f"127.0.0.1:{quick.port}")
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("double")
+    assert client.get_model_metadata("double")["inputs"][0]["name"] == "x"
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for there in (True, False):
+        for back in (True, False):
+            given = triton.InferInput("x", x.shape, "FP32")
+            given.set_data_from_numpy(x, binary_data=there)
+            wanted = triton.InferRequestedOutput("y", binary_data=back)
+            found = client.infer("double", [given], outputs=[wanted], request_id="7")
+            np.testing.assert_array_equal(found.as_numpy("y"), 2 * x)
+            assert found.get_response()["id"] == "7"
+
+
+def request(first: float) -> bytes:
+    """As bytes: one row."""
+    entry = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [first] * 4}
+    body = json.dumps({"inputs": [entry]}).encode()
+    head = f"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+GARBAGE = {
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100), b"400"),
+    "a wrong method": (b"BREW /v2 HTTP/1.1\r\n\r\n", b"400"),
+    "two lengths": (b"POST /v2 HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", b"400"),
+    "a length and chunks": (
+        b"POST /v2 HTTP/1.1\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+        b"400",
+    ),
+    "a negative length": (b"POST /v2 HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
+    "a huge length": (
+        b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n", b"413"),
+    "a huge header": (b"GET / HTTP/1.1\r\nA: " + b"a" * (1 << 20), b"431"),
+    "many headers": (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 100_000, b"431"),
+    "a path outside": (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"404"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_hostile_bytes_are_refused_at_once(quick: Running, case: str) -> None:
+    data, status = GARBAGE[case]
+    start = time.monotonic()
+    answer = quick.raw(data)
+    assert answer.startswith(b"HTTP/1.1 " + status), answer[:200]
+    assert time.monotonic() - start < 4
+    assert not [word for word in (b"Traceback", b"batiste", b"uvicorn") if word in answer]
+    assert quick.infer([[1.0] * 4])[0] == 200
+
+
+def test_those_who_send_slowly_are_sent_away(quick: Running) -> None:
+    start = time.monotonic()
+    assert quick.raw(b"GET / HTTP/1.1\r\nHos", timeout=8).startswith(b"HTTP/1.1 408")
+    slow = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    assert quick.raw(slow, timeout=8).startswith(b"HTTP/1.1 408")
+    assert 3 < time.monotonic() - start < 12
+
+
+def test_sigterm_answers_what_was_accepted_and_refuses_the_rest() -> None:
+    with running(sys.executable, HERE / "stub.py", "PORT", "0.1") as server:
+        statuses: list[int] = []
+
+        def ask() -> None:
+            try:
+                statuses.append(server.infer([[1.0] * 4])[0])
+            except ConnectionRefusedError:
+                statuses.append(0)
+
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.15)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.08)
+        assert (server.get("/livez"), server.get("/readyz")) == (200, 503)
+        refused = server.infer([[1.0] * 4])
+        assert refused[0] == 503 and refused[1]["retry-after"] and refused[1]["connection"] == "close"
+        for thread in threads:
+            thread.join()
+        assert server.process.wait(10) == 0
+        assert set(statuses) <= {200, 503} and statuses.count(200) >= 8
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with running(sys.executable, HERE / "stub.py", "PORT", "0.4") as server:
+        hanging = threading.Thread(target=lambda: server.raw(request(888.0), 30), daemon=True)
+        hanging.start()
+        time.sleep(0.3)
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.process.poll() is None, "one request has not been answered"
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(5)
+        assert time.monotonic() - start < 4
+
+
+def test_the_command_serves_a_bundle_and_listens_to_this_machine_alone() -> None:
+    command = (sys.executable, "-m", "batiste", "serve", f"digits={GOLDEN}", "--port", "PORT", "--log", "warning")
+    with running(*command, "--allow-unsigned", "--buckets", "batch=1,4", "--buckets", "length=8") as server:
+        assert server.get("/v2/models/digits") == 200
+        listening = Path(f"/proc/{server.process.pid}/net/tcp").read_text()
+        own = [line.split()[1] for line in listening.splitlines()[1:] if line.split()[3] == "0A"]
+        assert [address for address in own if address.endswith(f":{server.port:04X}")] == [
+            f"0100007F:{server.port:04X}"
+        ]
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "is missing"),
+        (["none"], "nothing to serve: got none"),
+        ([str(GOLDEN)], "--allow-unsigned"),
+        ([str(GOLDEN), "--allow-unsigned", "--buckets", "batch"], "no buckets: got batch"),
+        ([str(GOLDEN), "--allow-unsigned", "--api-keys", "none"], "API keys cannot be read"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error_of_the_command(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_replay_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = Servable.of_bundle(GOLDEN, "digits", buckets={"batch": (2,), "length": (8,)}, allow_unsigned=True)
+    recorder = Recorder(tmp_path, share=1.0)
+    random = np.random.default_rng(0)
+    for i in range(3):
+        x = {"tokens": random.integers(0, 2, (2, 8)).astype(np.int32)}
+        outputs = served.answer(x)
+        recorder.saw(served, x, {name: y + (i == 1) for name, y in outputs.items()})
+    recorder.close()
+    command = ["replay", str(tmp_path), str(GOLDEN), "--allow-unsigned"]
+    assert main(command) == 1
+    assert "3 requests: 1 with another answer; the largest difference is 1" in capsys.readouterr().out
+    assert main([*command, "--tolerance", "2"]) == 0
+    assert main(["replay", str(tmp_path / "none"), str(GOLDEN), "--allow-unsigned"]) == 2
