@@ -154,7 +154,8 @@ class Clip(Module):
         """Mean of -log softmax(logits)[i, i], over texts and over images: each image fits its own text."""
         logits_BB = self(images_BYX3, tokens_BT)
         own_B = jnp.arange(len(logits_BB))
-        return -0.5 * sum(nn.log_softmax(logits_BB, axis)[own_B, own_B].mean() for axis in (0, 1))
+        own_2B = jnp.stack([nn.log_softmax(logits_BB, axis)[own_B, own_B] for axis in (0, 1)])
+        return -own_2B.mean()
 
 
 class ImageTower(Module):

@@ -174,7 +174,8 @@ class Whisper(Module):
         v_LBSHC = jnp.einsum("BSD,LDHC->LBSHC", memory_BSD, cross.value.kernel[...].astype(memory_BSD.dtype))
         v_LBSHC = v_LBSHC + cross.value.bias[...].astype(v_LBSHC.dtype)[:, None, None]
         shape = (len(k_LBSHC), len(memory_BSD), length, c.heads, c.features // c.heads)
-        return Said((k_LBSHC, v_LBSHC), (jnp.zeros(shape, k_LBSHC.dtype),) * 2, jnp.int32(0))
+        none_LBPHC = jnp.zeros(shape, k_LBSHC.dtype)
+        return Said((k_LBSHC, v_LBSHC), (none_LBPHC, none_LBPHC), jnp.int32(0))
 
     def decode(self, tokens_BT: Array, said: Said) -> tuple[Array, Said]:
         """logits[B, T, V] after tokens that follow those said, and what is said then
@@ -210,12 +211,12 @@ class DecoderBlock(Module):
     def __call__(self, x_BTD: Array, at_T: Array, each: Any) -> tuple[Array, tuple[Array, Array]]:
         heard, said = each
         normed_BTD = self.attn_norm(x_BTD)
-        kept = tuple(lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at_T[0], axis=1)
-                     for old, new in zip(said, self.attn.keys_values(normed_BTD)))  # fmt: skip
-        past_11TP = (jnp.arange(kept[0].shape[1])[None] <= at_T[:, None])[None, None]
-        x_BTD = x_BTD + self.dropout(self.attn(normed_BTD, past_11TP, kept))
+        k_BPHC, v_BPHC = (lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at_T[0], axis=1)
+                          for old, new in zip(said, self.attn.keys_values(normed_BTD)))  # fmt: skip
+        past_11TP = (jnp.arange(k_BPHC.shape[1])[None] <= at_T[:, None])[None, None]
+        x_BTD = x_BTD + self.dropout(self.attn(normed_BTD, past_11TP, (k_BPHC, v_BPHC)))
         x_BTD = x_BTD + self.dropout(self.cross(self.cross_norm(x_BTD), None, heard))
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), kept
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), (k_BPHC, v_BPHC)
 
 
 def transcribe(model: Whisper, spectrum_BJM: Array, prompt_BT: Array, steps: int, *, end: int) -> Array:
