@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from batiste.export import load_bundle
 from batiste.export.described import FILE
 from batiste.graph.errors import BatisteError
 from batiste.serve import Recorder, Servable, Server, samples, serve
@@ -52,7 +53,7 @@ def replay(args: Namespace) -> int:
     if not args.samples or not args.bundle:
         raise UsageError("Samples and a bundle are needed", expected="batiste replay SAMPLES BUNDLE")
     try:
-        served = Servable.of_bundle(args.bundle, key=key_of(args), allow_unsigned=args.allow_unsigned)
+        bundle = load_bundle(args.bundle, key_of(args), allow_unsigned=args.allow_unsigned)
     except BatisteError as error:
         print(f"batiste replay: {error}", file=sys.stderr)
         return NEGATIVE
@@ -60,7 +61,7 @@ def replay(args: Namespace) -> int:
     for path, _, inputs, outputs in samples(args.samples):
         count += 1
         try:
-            found = served.answer(inputs)
+            found = bundle(**inputs)
             difference = max(_difference(found.get(name), x) for name, x in outputs.items())
             why = f"differs by {difference:.3g}" if difference > args.tolerance else ""
             worst = max(worst, difference)
