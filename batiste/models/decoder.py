@@ -15,7 +15,7 @@ Source: Touvron et al. 2023, "Llama 2", section 2.2; Chowdhery et al. 2022, "PaL
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,12 @@ class Decoder(Module):
     def __call__(self, tokens_BT: Array) -> Array:
         x_BTD, _ = self.hidden(tokens_BT)
         return self.logits(x_BTD)
+
+    @overload
+    def hidden(self, tokens_BT: Array, cache: None = None) -> tuple[Array, None]: ...
+
+    @overload
+    def hidden(self, tokens_BT: Array, cache: Cache) -> tuple[Array, Cache]: ...
 
     def hidden(self, tokens_BT: Array, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         """x[B, T, D] before the head; with a cache, of the positions that follow those it holds, and the new cache."""

@@ -104,7 +104,7 @@ class Tokenizer:
                                got=f"{kind}, {splits}", expected=f"llama, or gpt2 with {' or '.join(SPLITS)}",
                                fix="take the folder that has its tokenizer.json")  # fmt: skip
         try:
-            own = _of_bytes(about, words, SPLITS[splits]) if kind == "gpt2" else _of_characters(about, words)
+            own = _of_bytes(about, words, SPLITS[str(splits)]) if kind == "gpt2" else _of_characters(about, words)
         except ImportError:
             raise
         except Exception as error:  # the library raises Exception itself
