@@ -157,7 +157,7 @@ def cycle() -> Counter:
 def deep_cycle() -> Any:
     model: Any = Counter()
     model.parts = nnx.List([nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))])
-    model.parts[0].a.parent = model
+    model.parts[0]["a"].parent = model
     return model
 
 
