@@ -156,8 +156,9 @@ def cycle() -> Counter:
 
 def deep_cycle() -> Any:
     model: Any = Counter()
-    model.parts = nnx.List([nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))])
-    model.parts[0]["a"].parent = model
+    part: Any = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    model.parts = nnx.List([nnx.Dict(a=part)])
+    part.parent = model
     return model
 
 
