@@ -54,7 +54,7 @@ test: $(TESTERS)  ## run every test and every example in a docstring (ARGS='-k w
 	JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
 
 faults: $(TESTERS)  ## the long tier of the fault tests: more damage, more kills (tens of minutes)
-	BATISTE_FAULTS=long JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -q -n $(WORKERS) --durations 10 tests/faults $(ARGS)
+	BATISTE_FAULTS=long JAX_COMPILATION_CACHE_DIR=$(JAX_CACHE) $(RUN) -m pytest -q -n $(WORKERS) --durations 10 tests/faults tests/serve tests/models/test_hostile_weights.py $(ARGS)
 
 lint: $(LINTERS)  ## style, format and types
 	$(VENV)/bin/ruff check .

@@ -60,7 +60,7 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
                          expected=f"({x.shape[-1]}, vocabulary)", fix="transpose a tied embedding")  # fmt: skip
     if chunks < 1:
         raise ArgumentError("chunks is a number of parts", got=chunks, expected="1 or more", fix="pass chunks=8")
-    head = constrain(head.astype(x.dtype), (None, "vocab"))  # gathered once by a plan that divides it, not for each part
+    head = constrain(head.astype(x.dtype), (None, "vocab"))  # where a plan divides it: gathered once for all parts
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
     tokens = labels.size
     padding = -tokens % chunks

@@ -8,11 +8,12 @@ submit -> Waiting line -> (same room?) -> batch -> Servable.batched -> each its 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import math
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,11 +35,11 @@ class Item:
         self.future: Future[dict[str, np.ndarray]] = Future()
 
     def refuse(self, refusal: Refusal) -> None:
-        if not self.future.done():
+        with contextlib.suppress(InvalidStateError):  # whoever is first decides
             self.future.set_exception(refusal)
 
     def give(self, outputs: dict[str, np.ndarray]) -> None:
-        if not self.future.done():
+        with contextlib.suppress(InvalidStateError):
             self.future.set_result(outputs)
 
 

@@ -261,6 +261,8 @@ def _guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaita
             return _json({"error": str(error)}, error.status, error.headers)
         except (ArgumentError, ShapeError, DtypeError) as error:
             return _json({"error": str(error)}, 422)
+        except need("starlette.requests", extra="serve").ClientDisconnect:
+            return _json({"error": "The client went away"}, 400)  # which nobody reads
 
     return guarded
 

@@ -9,6 +9,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,12 @@ class Running:
     def __init__(self, *command: Any):
         self.port = free_port()
         words = [str(self.port) if word == "PORT" else str(word) for word in command]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that is full would stop the server
+        self.process = subprocess.Popen(words, stdout=self.output, stderr=subprocess.STDOUT)
         until = time.monotonic() + 60
         while self.get("/readyz") != 200:
             if self.process.poll() is not None or time.monotonic() > until:
-                self.process.kill()
-                raise RuntimeError(f"the server did not start: {self.process.communicate()[0]}")
+                raise RuntimeError(f"the server did not start: {self.end()}")
             time.sleep(0.05)
 
     def ask(self, method: str, path: str, body: Any = None, timeout: float = 20, **headers: str) -> Any:
@@ -74,9 +75,13 @@ class Running:
                 return int(line.split()[1]) / 1024
         raise AssertionError("the process is gone")
 
-    def end(self) -> None:
+    def end(self) -> str:
+        """Kills it; all that it has printed."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        with self.output as output:
+            output.seek(0)
+            return output.read()
 
 
 @contextlib.contextmanager
