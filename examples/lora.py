@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -107,7 +108,7 @@ def main() -> int:
     add_lora(model, "blocks/*/attn/query", "blocks/*/attn/value", "blocks/*/mlp/up", rank=args.rank, rngs=nnx.Rngs(1))
     schedule = optax.cosine_decay_schedule(args.rate, args.steps)
     optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=LoRAParam)
-    counts = [sum(v.size for v in nnx.to_flat_state(nnx.state(model, kind)).leaves) for kind in (LoRAParam, nnx.Param)]
+    counts = [sum(v.size for v in jax.tree.leaves(nnx.state(model, kind))) for kind in (LoRAParam, nnx.Param)]
     print(f"{counts[0]:,} of {counts[1]:,} parameters are trained")
 
     def batches(epoch: int) -> Any:
@@ -121,7 +122,7 @@ def main() -> int:
     after = perplexity(model, held, args.batch)
     print(f"perplexity of {held[:, 1:].size:,} held-out tokens: {before:.2f} before, {after:.2f} after")
     tokens = [int(token[0]) for token in stream(model, [encode("And the king said unto")], 24)]
-    print("And the king said unto" + (decode(tokens) if args.model != "tiny" else repr(decode(tokens))))
+    print("And the king said unto" + (str(decode(tokens)) if args.model != "tiny" else repr(decode(tokens))))
     return 0 if after < before else 1
 
 

@@ -24,7 +24,7 @@ current_trace = functools.partial(get_opaque_trace_state, convention="flax")
 """The trace level the caller stands in; two results compare equal inside one level."""
 
 Ref = jax.Ref
-ShapedArray = jax.core.ShapedArray
+ShapedArray = jax.core.ShapedArray  # type: ignore[attr-defined]
 Tracer = jax.core.Tracer  # type: ignore[attr-defined]
 
 

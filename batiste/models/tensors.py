@@ -35,7 +35,7 @@ class Tensor(NamedTuple):
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
             done = 0
-            while done < self.size and (read := file.readinto(raw[done:])):
+            while done < self.size and (read := file.readinto(raw.data[done:])):
                 done += read
         if done != self.size:
             raise WeightsError("the file became shorter while it was read", at=str(self.file))

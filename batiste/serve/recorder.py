@@ -141,7 +141,7 @@ class Recorder:
         about = np.frombuffer(json.dumps({"model": model, "version": version, "dtypes": dtypes}).encode(), np.uint8)
         part = self.folder / f".{name}"
         with part.open("wb") as file:
-            np.savez(file, about=about, **plain)
+            np.savez(file, allow_pickle=False, about=about, **plain)
         part.replace(self.folder / name)
 
 
@@ -154,9 +154,11 @@ def samples(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, An
             for key, dtype in about["dtypes"].items():
                 x = held[key]
                 arrays[key] = x.view(jnp.bfloat16) if dtype == "bfloat16" else x
-        sides = ({key.removeprefix(f"{side}/"): x for key, x in arrays.items() if key.startswith(f"{side}/")}
-                 for side in ("inputs", "outputs"))  # fmt: skip
-        yield path, about, *sides
+        inputs, outputs = (
+            {key.removeprefix(side): x for key, x in arrays.items() if key.startswith(side)}
+            for side in ("inputs/", "outputs/")
+        )
+        yield path, about, inputs, outputs
 
 
 def write_reference(path: str | os.PathLike[str], model: str, rows: Mapping[str, np.ndarray]) -> None:
