@@ -27,7 +27,7 @@ _OTHERWISE = {"cpp_pjit": "jit"}  # functions of JAX whose own names say somethi
 def user_place() -> str:
     """`function (file:line)` of the innermost code that is the user's, and the transforms around it; "" if none is."""
     frame, _ = _user_frame()
-    if frame is None:
+    if frame is None or frame.f_code.co_filename.startswith("<"):  # typed at a prompt: no file to look into
         return ""
     place = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
     around = list(_transforms_around(frame))

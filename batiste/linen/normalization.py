@@ -44,8 +44,6 @@ def _as_they_are(arrays: tuple[Any, ...], /, **_: Any) -> tuple[Any, ...]:
 class _Norm(Lazy):
     """What the normalising layers share: the shape of their variables in the scope."""
 
-    force_float32_reductions: bool
-
     @nowrap
     def normalize(
         self, x: Array, axes: Axes, *args: Any, settings: Mapping[str, Any] = NO_SETTINGS, **kwargs: Any
@@ -56,7 +54,7 @@ class _Norm(Lazy):
         names = ("scale", "bias", "mean", "var")
         shapes: dict[str, tuple[int, ...]] = {name: shape for name in names if len(shape) > 1}
         settings = self.settings(num_features=size, promote_dtype=_as_they_are, **settings)
-        options = {"force_float32_reductions": self.force_float32_reductions}
+        options = {"force_float32_reductions": self.force_float32_reductions}  # type: ignore[attr-defined]
         return self.run(settings, x, *args, shapes=shapes, options=options, **kwargs)
 
 
