@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from .configs import DecoderConfig
+from .configs import DecoderConfig, Stretch
 from .decoder import Decoder
 from .files import open_weights, read_json
 from .mapping import Table, load, save
@@ -58,6 +58,8 @@ SETTINGS = {
     "window": "sliding_window", "tied": "tie_word_embeddings", "rope_theta": "rope_theta", "epsilon": "rms_norm_eps",
     "context": "max_position_embeddings",
 }  # fmt: skip
+STRETCH = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
+           "context": "original_max_position_embeddings"}  # fmt: skip
 GGUF_SETTINGS = {
     "features": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
     "kv_heads": "attention.head_count_kv", "hidden": "feed_forward_length", "head_dim": "attention.key_length",
@@ -128,11 +130,19 @@ def config_of(folder: Path) -> DecoderConfig:
     if about.get("use_sliding_window") is False:
         found.pop("window", None)
     if about.get("rope_scaling"):
-        raise WeightsError("the model stretches RoPE, which this decoder does not", at=str(path),
-                           got=str(about["rope_scaling"])[:80])  # fmt: skip
+        found["rope_stretch"] = _stretch(about["rope_scaling"], path)
     found.setdefault("tied", False)
     found.setdefault("kv_heads", found.get("heads"))
     return _config(kind, found, path)
+
+
+def _stretch(given: Any, path: Path) -> Stretch:
+    """How RoPE is stretched, of Llama 3.1's kind: the others are not known here."""
+    known = isinstance(given, dict) and given.get("rope_type", given.get("type")) == "llama3"
+    if not known or not set(STRETCH.values()) <= set(given):
+        raise WeightsError("the model stretches RoPE in a way that this decoder does not", at=str(path),
+                           got=str(given)[:80], expected=f"llama3 with {', '.join(STRETCH.values())}")  # fmt: skip
+    return Stretch(**{ours: given[theirs] for ours, theirs in STRETCH.items()})
 
 
 def config_of_gguf(weights: Weights, path: Path) -> DecoderConfig:
@@ -170,6 +180,8 @@ def settings_of(config: DecoderConfig) -> dict[str, Any]:
                            fix="save it as a checkpoint")  # fmt: skip
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     about = {theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()}
+    if stretch := config.rope_stretch:
+        about["rope_scaling"] = {"rope_type": "llama3"} | {STRETCH[name]: x for name, x in stretch._asdict().items()}
     return {"architectures": [f"{names[kind]}ForCausalLM"], "model_type": kind, "hidden_act": "silu", **about,
             "head_dim": config.depth}  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_no_healthy_request_is_lost_to_a_poisoned_one(bad: float) -> None:
     batcher.close()
 
 
-async def load(port: int, rate: float, seconds: float) -> tuple[Counter[int], list[float], int]:
+async def load(port: int, rate: float, seconds: float) -> tuple[Counter[int], list[float], int, float]:
     """Requests at a rate that waits for no answer: statuses, seconds of the answered, refusals without Retry-After."""
     statuses: Counter[int] = Counter()
     took: list[float] = []

@@ -17,6 +17,7 @@ from batiste.models import (
     RULES,
     Decoder,
     DecoderConfig,
+    Stretch,
     WeightsError,
     load_decoder,
     open_gguf,
@@ -246,3 +247,13 @@ def test_what_was_loaded_may_be_given_away(tmp_path: Path) -> None:
     double = nnx.jit(lambda model: nnx.update(model, jax.tree.map(lambda x: 2 * x, nnx.state(model))), donate_argnums=0)
     double(model)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), nnx.state(model), nnx.state(make()))
+
+
+def test_how_rope_is_stretched_goes_there_and_back(tmp_path: Path) -> None:
+    stretch = Stretch(4.0, 1.0, 4.0, 64)
+    save_decoder(make(rope_stretch=stretch), tmp_path)
+    assert load_decoder(tmp_path).config.rope_stretch == stretch
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"rope_scaling": {"rope_type": "yarn", "factor": 4}}))
+    with pytest.raises(WeightsError, match=r"stretches RoPE in a way.*yarn"):
+        load_decoder(tmp_path)
