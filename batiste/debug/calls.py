@@ -98,7 +98,7 @@ class Around:
 
     module: str | None = None
     source: str | None = None
-    library: str | None = None
+    inside: str | None = None
     iterations: tuple[str, ...] = ()
     backward: bool = False
 
@@ -111,7 +111,7 @@ class Around:
         return Around(
             module=places.of(stack) or self.module,
             source=theirs[0] if theirs else self.source,
-            library=f"batiste{ours[0].removeprefix(PACKAGE)}:{ours[1]}" if ours else None,
+            inside=f"batiste{ours[0].removeprefix(PACKAGE)}:{ours[1]}" if ours else None,
             iterations=self.iterations,
             backward=(self.backward or "transpose(" in str(stack)) and "rematted_computation" not in str(stack),
         )

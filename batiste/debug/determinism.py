@@ -176,7 +176,7 @@ def _unordered(jaxpr: Any, around: Around, places: Places) -> Iterator[Unordered
     for eqn in jaxpr.eqns:
         here, name = around.at(eqn, places), eqn.primitive.name
         if name in REASONS and not _in_order(eqn):
-            yield Unordered(name, here.module, here.source or here.library, REASONS[name])
+            yield Unordered(name, here.module, here.source or here.inside, REASONS[name])
         for inner in jex.jaxprs_in_params(eqn.params):
             yield from _unordered(inner, here, places)
 

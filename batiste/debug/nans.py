@@ -31,7 +31,7 @@ class NonFinite:
         operation: the JAX operation; None where the value came in non-finite and nothing was done with it.
         module: the path and type of the part that it was done in, or None outside of parts.
         source: the user's own `file:line (function)`.
-        library: the library's `file:line (function)`, where the operation stands in one of its layers.
+        inside: the library's `file:line (function)`, where the operation stands in one of its layers.
         argument: the path of the argument (a parameter, a batch) that came in non-finite, or whose values went into
             the operation.
         came_in: whether that argument was non-finite already.
@@ -45,7 +45,7 @@ class NonFinite:
     operation: str | None = None
     module: str | None = None
     source: str | None = None
-    library: str | None = None
+    inside: str | None = None
     argument: str | None = None
     came_in: bool = False
     iterations: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class NonFinite:
             "parameter": None if self.came_in else self.argument,
             "iteration": ", ".join(self.iterations),
             "line": self.source,
-            "inside": self.library,
+            "inside": self.inside,
         }
         return "\n".join(lines + [f"  {name:<9} {fact}" for name, fact in facts.items() if fact])
 

@@ -167,7 +167,7 @@ class Graph:
             return self.run(inner.jaxpr, consts, inputs, here)
         if name not in RULES:
             raise ExportError(f"The operation {name} of JAX has no translation to ONNX", at=here.module,
-                              got=f"{here.source or here.library}",
+                              got=f"{here.source or here.inside}",
                               fix="export a bundle, or compute this part with other operations")  # fmt: skip
         try:
             return RULES[name](self, eqn, *inputs)
