@@ -25,6 +25,7 @@ import numpy as np
 
 from batiste.checkpoint.errors import CorruptError
 from batiste.checkpoint.files import Fs, write_all
+from batiste.graph.strict import parse_json, want
 from batiste.version import __version__
 
 HEAD = b"batiste\0ckpt\0\1\r\n"
@@ -216,12 +217,12 @@ class Sealed:
                 expected=f"at most {max_bytes}",
             )
         try:
-            manifest: Any = json.loads(content, object_pairs_hook=_once, parse_constant=_no_constant)
+            manifest: Any = parse_json(content)
             version: Any = manifest.pop("format") if type(manifest) is dict else None
-            _want(type(version) is int and version > 0, "no format")
-            _want(version <= FORMAT, f"format {version}, which a later release wrote")
+            want(type(version) is int and version > 0, "no format")
+            want(version <= FORMAT, f"format {version}, which a later release wrote")
             entries, offset = _entries(manifest.pop("entries", None))
-            _want(_is_about(manifest), "what is said about it is malformed")
+            want(_is_about(manifest), "what is said about it is malformed")
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             self._refuse(f"the manifest is malformed ({error!s:.200})")
         if offset != len(HEAD) + data:
@@ -264,20 +265,6 @@ class Sealed:
                         self._refuse("its checksum is another", entry.name)
 
 
-def _want(true: Any, otherwise: str) -> None:
-    if not true:
-        raise ValueError(otherwise)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _want(len(pairs) == len(dict(pairs)), "a key that stands twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"the constant {name}")
-
-
 def _is_about(about: dict[str, Any]) -> bool:
     step, metrics, versions = about.get("step"), about.get("metrics", {}), about.get("versions", {})
     return (
@@ -290,24 +277,24 @@ def _is_about(about: dict[str, Any]) -> bool:
 
 
 def _counts(x: Any, what: str) -> tuple[int, ...]:
-    _want(type(x) is list and all(type(n) is int and 0 <= n < 1 << 62 for n in x), what)
+    want(type(x) is list and all(type(n) is int and 0 <= n < 1 << 62 for n in x), what)
     return tuple(x)
 
 
 def _entries(listed: Any) -> tuple[dict[str, Entry], int]:
     """The entries by name, and where the last one's bytes end."""
-    _want(type(listed) is list, "no list of entries")
+    want(type(listed) is list, "no list of entries")
     items: list[Any] = listed
     entries: dict[str, Entry] = {}
     offset = len(HEAD)
     for item in items:
-        _want(type(item) is list and len(item) in (3, 5), "an entry that is none")
+        want(type(item) is list and len(item) in (3, 5), "an entry that is none")
         name: Any = item[0]
-        _want(type(name) is str and 0 < len(name) <= NAME_LIMIT and name not in entries, "an entry's name")
+        want(type(name) is str and 0 < len(name) <= NAME_LIMIT and name not in entries, "an entry's name")
         if len(item) == 3:
             kind: Any = item[1]
             text: Any = item[2]
-            _want(type(kind) is str and kind in _FROM_TEXT and type(text) is str, f"the kind of {name!r:.99}")
+            want(type(kind) is str and kind in _FROM_TEXT and type(text) is str, f"the kind of {name!r:.99}")
             entries[name] = Entry(name, scalar=_FROM_TEXT[kind](text))
         else:
             entries[name], offset = _array_entry(item, offset)
@@ -317,22 +304,22 @@ def _entries(listed: Any) -> tuple[dict[str, Entry], int]:
 def _array_entry(item: list[Any], offset: int) -> tuple[Entry, int]:
     name, dtype, shape, parts, impl = item
     shown = f"{name!r:.99}"
-    _want(type(dtype) is str and dtype in DTYPES, f"the dtype of {shown}")
-    _want(impl is None or (type(impl) is str and impl in IMPLS and dtype == "uint32"), f"the kind of the key {shown}")
+    want(type(dtype) is str and dtype in DTYPES, f"the dtype of {shown}")
+    want(impl is None or (type(impl) is str and impl in IMPLS and dtype == "uint32"), f"the kind of the key {shown}")
     kind, sides = DTYPES[dtype], _counts(shape, f"the shape of {shown}")
-    _want(impl is None or sides[-1:] == (IMPLS[impl],), f"the words of the key {shown}")
-    _want(len(sides) <= 32 and math.prod(max(n, 1) for n in sides) * kind.itemsize < 1 << 62, f"the shape of {shown}")
-    _want(type(parts) is list, f"the parts of {shown}")
+    want(impl is None or sides[-1:] == (IMPLS[impl],), f"the words of the key {shown}")
+    want(len(sides) <= 32 and math.prod(max(n, 1) for n in sides) * kind.itemsize < 1 << 62, f"the shape of {shown}")
+    want(type(parts) is list, f"the parts of {shown}")
     boxes = []
     for part in parts:
-        _want(type(part) is list and len(part) == 3, f"a part of {shown}")
+        want(type(part) is list and len(part) == 3, f"a part of {shown}")
         start, size, checks = (_counts(x, f"a part of {shown}") for x in part)
-        _want(len(start) == len(size) == len(sides), f"a part of {shown}")
+        want(len(start) == len(size) == len(sides), f"a part of {shown}")
         count = math.prod(size) * kind.itemsize
-        _want(len(checks) == -(-count // PIECE), f"the checksums of {shown}")
+        want(len(checks) == -(-count // PIECE), f"the checksums of {shown}")
         boxes.append(Part(start, size, offset, checks))
         offset += count
-    _want(_cover(sides, boxes), f"the parts of {shown} do not make up the array")
+    want(_cover(sides, boxes), f"the parts of {shown} do not make up the array")
     return Entry(name, kind, sides, tuple(boxes), impl), offset
 
 

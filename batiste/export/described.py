@@ -8,12 +8,13 @@ import json
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
 from batiste.graph.errors import ArgumentError
+from batiste.graph.strict import parse_json, want
 from batiste.version import __version__
 
 from .errors import BundleError, ExportError
@@ -77,12 +78,12 @@ class Described:
             BundleError: it is malformed.
         """
         try:
-            _want(len(content) <= LIMIT, "it is too large")
-            found = _dict(json.loads(bytes(content), object_pairs_hook=_once, parse_constant=_no_constant))
-            _want(type(found.get("format")) is int, "it has no format")
-            _want(found["format"] <= FORMAT, f"its format {found['format']} is of a later release")
+            want(len(content) <= LIMIT, "it is too large")
+            found = _dict(parse_json(bytes(content)))
+            want(type(found.get("format")) is int, "it has no format")
+            want(found["format"] <= FORMAT, f"its format {found['format']} is of a later release")
             fields = {field.name for field in dataclasses.fields(cls)}
-            _want(set(found) == fields, f"it says more or less than {', '.join(sorted(fields))}"[:200])
+            want(set(found) == fields, f"it says more or less than {', '.join(sorted(fields))}"[:200])
             return cls(**{name: _READ[name](value) for name, value in found.items()})
         except (ValueError, TypeError, KeyError, RecursionError, ArgumentError) as error:
             raise BundleError(f"The bundle is malformed: {error!s:.300}", at=FILE) from None
@@ -100,20 +101,6 @@ def environment() -> dict[str, str]:
 # ---------------------------------------------------------------- reading
 
 
-def _want(true: Any, otherwise: str) -> None:
-    if not true:
-        raise ValueError(otherwise)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _want(len(pairs) == len(dict(pairs)), "a key stands twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"the constant {name}")
-
-
 def _listed(x: Any) -> list[Any]:
     if isinstance(x, ShapeDtype):
         return [x.shape, x.dtype, x.below]
@@ -121,12 +108,12 @@ def _listed(x: Any) -> list[Any]:
 
 
 def _dict(x: Any) -> dict[str, Any]:
-    _want(isinstance(x, dict), f"a value of type {type(x).__name__}")
+    want(isinstance(x, dict), f"a value of type {type(x).__name__}")
     return x
 
 
 def _list(x: Any) -> list[Any]:
-    _want(isinstance(x, list), f"a value of type {type(x).__name__}")
+    want(isinstance(x, list), f"a value of type {type(x).__name__}")
     return x
 
 
@@ -142,7 +129,7 @@ def _specs(closed: bool) -> Callable[[Any], dict[str, ShapeDtype]]:
         for name, entry in _dict(x).items():
             shape, dtype, below = _list(entry)
             sizes = all(_count(n) or (type(n) is str and 0 < len(n) <= 200 and not closed) for n in _list(shape))
-            _want(sizes and len(shape) <= 32 and (below is None or _count(below)), f"the shape of {name!r:.99}")
+            want(sizes and len(shape) <= 32 and (below is None or _count(below)), f"the shape of {name!r:.99}")
             specs[name] = ShapeDtype(tuple(shape), _text(dtype), below)
             specs[name].numpy_dtype()
         return specs
@@ -152,25 +139,25 @@ def _specs(closed: bool) -> Callable[[Any], dict[str, ShapeDtype]]:
 
 def _of(*kinds: type) -> Callable[[Any], Any]:
     def read(x: Any) -> Any:
-        _want(type(x) in kinds, f"a value of type {type(x).__name__}")
+        want(type(x) in kinds, f"a value of type {type(x).__name__}")
         return x
 
     return read
 
 
 def _sizes(x: Any) -> dict[str, int]:
-    _want(all(map(_count, _dict(x).values())), "a size that is none")
+    want(all(map(_count, _dict(x).values())), "a size that is none")
     return x
 
 
 def _plan(x: Any) -> dict[str, tuple[int, ...]]:
     for plan in map(_list, _dict(x).values()):
-        _want(plan and all(map(_count, plan)) and plan[0] > 0 and plan == sorted(set(plan)), "buckets")
+        want(plan and all(map(_count, plan)) and plan[0] > 0 and plan == sorted(set(plan)), "buckets")
     return {name: tuple(plan) for name, plan in x.items()}
 
 
 def _programs(x: Any) -> dict[str, dict[str, int]]:
-    _want(x, "no programs")
+    want(x, "no programs")
     return {name: _sizes(sizes) for name, sizes in _dict(x).items()}
 
 

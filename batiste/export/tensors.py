@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from batiste.graph.strict import parse_json, want
+
 from .errors import BundleError, ExportError
 from .signature import KEYS, ShapeDtype
 
@@ -91,14 +93,14 @@ def decode(content: Any, specs: Mapping[str, ShapeDtype], file: str) -> dict[str
     view = memoryview(content)
     length = int.from_bytes(view[:8], "little")
     try:
-        _want(len(view) >= 8 and length <= min(len(view) - 8, 100 << 20), "its header does not fit")
-        parsed: Any = json.loads(bytes(view[8 : 8 + length]))
-        _want(type(parsed) is dict and set(parsed) == set(specs), "it holds other arrays than the bundle says")
+        want(len(view) >= 8 and length <= min(len(view) - 8, 100 << 20), "its header does not fit")
+        parsed: Any = parse_json(bytes(view[8 : 8 + length]))
+        want(type(parsed) is dict and set(parsed) == set(specs), "it holds other arrays than the bundle says")
         header: dict[str, Any] = parsed
         arrays, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             arrays[name], end = _array(view[8 + length :], name, entry, specs[name], end)
-        _want(8 + length + end == len(view), "it does not end where its last array ends")
+        want(8 + length + end == len(view), "it does not end where its last array ends")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"The bundle is malformed: {error!s:.200}", at=file) from None
     return {name: restored(specs[name], arrays[name]) for name in specs}
@@ -110,7 +112,7 @@ def _array(data: memoryview, name: str, entry: Any, spec: ShapeDtype, start: int
     count = math.prod(shape)
     end = start + count * dtype.itemsize
     expected = {"dtype": _code(spec), "shape": list(shape), "data_offsets": [start, end]}
-    _want(entry == expected and end <= len(data), f"{name!r:.99} is not what the bundle says, or lies elsewhere")
+    want(entry == expected and end <= len(data), f"{name!r:.99} is not what the bundle says, or lies elsewhere")
     return np.frombuffer(data[start:end], dtype, count).reshape(shape), end
 
 
@@ -126,11 +128,6 @@ def _layout(spec: ShapeDtype) -> tuple[np.dtype, tuple[int, ...]]:
     if spec.dtype in NIBBLES:
         return np.dtype(np.uint8), (-(-math.prod(shape) // 2),)
     dtype = DTYPES.get(spec.dtype)
-    _want(dtype is not None, f"the dtype {spec.dtype!r:.40}")
+    want(dtype is not None, f"the dtype {spec.dtype!r:.40}")
     assert dtype is not None
     return (np.dtype(np.uint8), (math.prod(shape) * dtype.itemsize,)) if spec.dtype in OTHERS else (dtype, shape)
-
-
-def _want(true: Any, otherwise: str) -> None:
-    if not true:
-        raise ValueError(otherwise)

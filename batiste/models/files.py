@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from batiste.graph.strict import parse_json
 
 from .gguf import open_gguf
 from .safetensors import INDEX, open_safetensors
@@ -48,8 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError("settings are not that long", at=str(path), got=f"{path.stat().st_size} bytes",
                            expected=f"at most {MOST_SETTINGS}")  # fmt: skip
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
         raise WeightsError("this is no JSON", at=str(path), got=str(error)[:80]) from None
     if not isinstance(found, dict):
         raise WeightsError("this is no JSON object", at=str(path), got=type(found).__name__)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from batiste.graph.strict import parse_json
+
 from .tensors import Tensor, Weights, WeightsError, checked_shape, file_size
 
 HEADER_LIMIT = 100_000_000
@@ -113,23 +115,12 @@ def _tensor(path: Path, name: str, entry: Any, start: int, room: int) -> Tensor:
 
 def _json(text: bytes, at: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise WeightsError("the header is no JSON", at=at, got=str(error)[:80], fix="fetch the file again") from None
     if not isinstance(found, dict):
         raise WeightsError("the header is no JSON object", at=at, got=type(found).__name__)
     return found
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice")
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 # ---------------------------------------------------------------- writing

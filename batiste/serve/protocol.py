@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from batiste.export import ShapeDtype, Signature
+from batiste.graph.strict import parse_json
 
 from .errors import Refusal
 
@@ -42,31 +43,6 @@ def described(spec: Mapping[str, ShapeDtype]) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- reading
-def parsed(body: bytes) -> Any:
-    """JSON as it should be: no NaN, no key twice, not too deep.
-
-    Raises:
-        Refusal: 400.
-    """
-    try:
-        return json.loads(body, parse_constant=_no_constant, object_pairs_hook=_once)
-    except RecursionError:
-        raise Refusal(400, "The JSON is nested too deep") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise Refusal(400, f"The body is no JSON: {str(error)[:200]}") from None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
-
-
 def read(body: bytes, header: str | None, signature: Signature) -> Asked:
     """The request in a body; `header` says how much of it is JSON, where bytes follow.
 
@@ -78,7 +54,10 @@ def read(body: bytes, header: str | None, signature: Signature) -> Asked:
         if not (header.isascii() and header.isdigit() and len(header) < 12 and int(header) <= len(body)):
             raise Refusal(400, f"The header {LENGTH} is no length within the body")
         cut = int(header)
-    asked, rest = parsed(body[:cut]), memoryview(body)[cut:]
+    try:
+        asked, rest = parse_json(body[:cut]), memoryview(body)[cut:]
+    except ValueError as error:
+        raise Refusal(400, f"The body is no JSON: {str(error)[:200]}") from None
     if not isinstance(asked, dict):
         raise Refusal(400, "The body is a JSON object")
     parameters = _object(asked.get("parameters"), "parameters")

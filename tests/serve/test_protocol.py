@@ -12,7 +12,7 @@ import pytest
 
 from batiste.export import ShapeDtype, Signature
 from batiste.serve.errors import Refusal
-from batiste.serve.protocol import DATATYPES, Asked, parsed, read, write
+from batiste.serve.protocol import DATATYPES, Asked, read, write
 
 SIGNATURE = Signature(
     {"x": ShapeDtype.of("float32[batch, 2]"), "ids": ShapeDtype.of("int32[batch, length] < 100")},
@@ -137,7 +137,3 @@ def test_what_json_cannot_say_is_not_sent_as_json() -> None:
     with pytest.raises(Refusal, match="ask for it as bytes"):
         write("m", "1", Asked({}, {"y": False}, None, None), answer, SIGNATURE)
     assert write("m", "1", Asked({}, {"y": True}, None, None), answer, SIGNATURE)[1]
-
-
-def test_parsed_gives_what_json_gives() -> None:
-    assert parsed(b'{"a": [1, 2.5, "x", null, true]}') == {"a": [1, 2.5, "x", None, True]}

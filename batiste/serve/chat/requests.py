@@ -13,6 +13,8 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from batiste.graph.strict import parse_json
+
 from .errors import RequestError
 from .sampling import ALTERNATIVES, Sampling
 from .templates import Message
@@ -220,23 +222,8 @@ def parsed(raw: bytes) -> dict[str, Any]:
         RequestError: it holds none.
     """
 
-    def no_number(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a field occurs twice")
-        return found
-
     try:
-        body = json.loads(raw.decode(), parse_constant=no_number, object_pairs_hook=once)
-    except UnicodeDecodeError:
-        raise RequestError(400, "The body is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise RequestError(400, f"The body is not JSON: {error.msg}, character {error.pos}") from None
-    except RecursionError:
-        raise RequestError(400, "The body is nested too deeply") from None
+        body = parse_json(raw)
     except ValueError as error:
         raise RequestError(400, f"The body is not JSON: {str(error)[:100]}") from None
     if type(body) is not dict:
