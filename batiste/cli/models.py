@@ -16,14 +16,15 @@ import numpy as np
 
 from batiste.graph.errors import ArgumentError
 from batiste.graph.text import size_text, table
-from batiste.models import generate, open_weights
+from batiste.models import open_weights
 from batiste.models.decoder import Decoder
 from batiste.models.mapping import entries
 from batiste.models.registry import architecture_of, configuration, configurations
 from batiste.models.safetensors import Spec, write_safetensors
+from batiste.models.sampling import Sampling
 from batiste.models.tensors import Weights, WeightsError
+from batiste.models.tokenizers import load_tokenizer, write
 from batiste.models.verify import verify
-from batiste.serve.chat.words import Words
 
 from .usage import NEGATIVE, OK, UsageError
 
@@ -136,16 +137,14 @@ def generated(args: Namespace) -> int:
         got = f"--tokens {args.tokens} --temperature {args.temperature}"
         expected = "--tokens of 1 or more, --temperature of 0 or more"
         raise UsageError("How many tokens, and how bold?", got=got, expected=expected)
-    words = Words.of_folder(path) if path.is_dir() else Words.of_gguf(open_weights(path).about, path)
-    prompt = list(words.encode(args.prompt))
-    if not prompt:
+    words = load_tokenizer(path)
+    if not words.encode(args.prompt):
         raise UsageError("The prompt has no tokens", got=repr(args.prompt))
-    out = generate(model, jnp.asarray([prompt]), args.tokens, temperature=args.temperature, top_k=args.top_k,
-                   key=jax.random.key(args.seed))  # fmt: skip
-    new = np.asarray(out)[0, len(prompt) :].tolist()
-    specials = set(words.specials.values())
-    end = next((i for i, token in enumerate(new) if token in specials), len(new))
-    print(args.prompt + words.decode(new[:end]))
+    print(args.prompt, end="", flush=True)
+    how = Sampling(temperature=args.temperature, top_k=args.top_k or 0)
+    for piece in write(model, words, args.prompt, args.tokens, how, key=jax.random.key(args.seed)):
+        print(piece, end="", flush=True)
+    print()
     return OK
 
 

@@ -115,6 +115,12 @@ class Gate:
         return limited
 
 
+async def gone(receive: Any) -> None:
+    """Returns when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _answer(send: Any, refusal: Refusal) -> None:
     """A refusal before, or in place of, a route's answer; what remains of the body is not read."""
     body = json.dumps({"error": str(refusal)}).encode()

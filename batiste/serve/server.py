@@ -17,7 +17,7 @@ from batiste.version import __version__
 
 from .batcher import Batcher
 from .errors import Refusal
-from .gate import Gate
+from .gate import Gate, gone
 from .metrics import Metrics
 from .protocol import LENGTH, described, read, write
 from .recorder import Recorder
@@ -208,15 +208,15 @@ class Server:
             asked = read(body, header, servable.signature)
         timeout = min(self._seconds(request), asked.timeout or self.timeout)
         item = batcher.submit(asked.arrays, timeout)
-        gone = asyncio.create_task(_gone(request.receive))
-        gone.add_done_callback(lambda task: task.cancelled() or batcher.cancel(item))
+        leaving = asyncio.create_task(gone(request.receive))
+        leaving.add_done_callback(lambda task: task.cancelled() or batcher.cancel(item))
         try:
             outputs = await asyncio.wait_for(asyncio.wrap_future(item.future), timeout)
         except TimeoutError:
             batcher.cancel(item)
             raise Refusal(504, "The answer was not ready in time") from None
         finally:
-            gone.cancel()
+            leaving.cancel()
         if self.recorder is not None:
             self.recorder.saw(servable, asked.arrays, outputs)
         parts, length = write(servable.name, servable.version, asked, outputs, servable.signature)
@@ -265,8 +265,3 @@ def _guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaita
             return _json({"error": "The client went away"}, 400)  # which nobody reads
 
     return guarded
-
-
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

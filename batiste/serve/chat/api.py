@@ -19,6 +19,7 @@ import numpy as np
 from batiste.graph.errors import ArgumentError
 from batiste.graph.optional import need
 from batiste.serve.errors import Refusal
+from batiste.serve.gate import gone
 
 from .answers import Answers, Event, chat_logprobs, text_logprobs
 from .embedder import Embedder
@@ -143,12 +144,12 @@ class Reply:
         self.answers, self.ask, self.model, self.chat = answers, answers.ask, answers.model, chat
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        gone = asyncio.create_task(_gone(receive))
-        gone.add_done_callback(lambda _: self.answers.cancel())
+        leaving = asyncio.create_task(gone(receive))
+        leaving.add_done_callback(lambda _: self.answers.cancel())
         try:
             await (self._streamed(send) if self.ask.stream else self._whole(scope, receive, send))
         finally:
-            gone.cancel()
+            leaving.cancel()
 
     async def _whole(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -251,11 +252,6 @@ def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 def _base64(row: np.ndarray) -> str:
     return base64.b64encode(row.astype("<f4").tobytes()).decode()
-
-
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:

@@ -18,9 +18,9 @@ from batiste.models.tokenizers import Tokenizer
 from .embedder import Embedder
 from .engine import Engine
 from .model import LanguageModel
+from .names import name_of
 from .slots import PIECES, Slots
 from .templates import TEMPLATES, template_of
-from .words import name_of
 
 
 def load_language_model(path: str | Path, *, name: str | None = None, slots: int = 8,

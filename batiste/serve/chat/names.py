@@ -7,9 +7,6 @@ import re
 from pathlib import Path
 
 from batiste.graph.errors import ArgumentError
-from batiste.models.tokenizers import Tokenizer as Words
-
-__all__ = ["Words", "name_of"]
 
 
 def name_of(path: Path) -> str:
