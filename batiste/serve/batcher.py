@@ -23,6 +23,7 @@ from .errors import Refusal
 from .servable import Arrays, Servable
 
 log = logging.getLogger(__name__)
+SHARE = 0.8  # of a request's time that it may be expected to wait: an estimate is off by some
 FORGET = 0.2  # weight of the newest batch in the mean of how long a batch takes
 
 
@@ -32,6 +33,7 @@ class Item:
     def __init__(self, arrays: Arrays, sizes: dict[str, int], rows: int, group: Any, deadline: float):
         self.arrays, self.sizes, self.rows, self.group, self.deadline = arrays, sizes, rows, group, deadline
         self.begun = time.monotonic()
+        self.alone = False  # its batch did not come back: it is tried once more, by itself
         self.future: Future[dict[str, np.ndarray]] = Future()
 
     def refuse(self, refusal: Refusal) -> None:
@@ -98,8 +100,8 @@ class Batcher:
             if self.closed:
                 raise Refusal(503, "The model is being unloaded", after=1.0)
             wait = self.expected(rows)
-            if self.queued + rows > self.waiting + self.servable.rows or wait > timeout:
-                raise Refusal(429, "Too many requests wait here", after=max(wait - timeout, self.seconds))
+            if self.queued + rows > self.waiting or wait > SHARE * timeout:
+                raise Refusal(429, "Too many requests wait here", after=max(wait - SHARE * timeout, self.seconds))
             self.line.append(item)
             self.queued += rows
             self.changed.notify_all()
@@ -218,10 +220,10 @@ class Batcher:
                 self.running, self.since = [], math.inf
                 self._start()
                 for item in stuck:
-                    if len(stuck) == 1 or getattr(item, "alone", False):
+                    if len(stuck) == 1 or item.alone:
                         item.refuse(Refusal(503, "The model did not answer in time on this input"))
                     else:
-                        item.alone, item.group = True, object()  # type: ignore[attr-defined]  # tried once more, alone
+                        item.alone, item.group = True, object()
                         self.line.appendleft(item)
                         self.queued += item.rows
                 self.changed.notify_all()

@@ -19,8 +19,8 @@ class Metrics:
         self._text, self.registry = p.generate_latest, p.CollectorRegistry()
         make = {"registry": self.registry}
         self.requests = p.Counter("batiste_requests", "answers by status", ["route", "status"], **make)
-        self.latency = p.Histogram("batiste_request_seconds", "until the answer was sent", ["route"], buckets=SECONDS,
-                                   **make)  # fmt: skip
+        self.latency = p.Histogram("batiste_request_seconds", "until the answer was sent", ["route", "status"],
+                                   buckets=SECONDS, **make)  # fmt: skip
         self.rows = p.Histogram("batiste_batch_rows", "rows computed together", ["model"], buckets=ROWS, **make)
         self.busy = p.Histogram("batiste_batch_seconds", "that a batch took", ["model"], buckets=SECONDS, **make)
         self.queued = p.Gauge("batiste_queued_rows", "rows that wait", ["model"], **make)
@@ -36,7 +36,7 @@ class Metrics:
         route = next((kind for kind in ("infer", "chat/completions", "completions", "embeddings")
                       if path.endswith(f"/{kind}")), "other")  # fmt: skip
         self.requests.labels(route, str(status)).inc()
-        self.latency.labels(route).observe(seconds)
+        self.latency.labels(route, str(status)).observe(seconds)
 
     def batch(self, model: str, rows: int, seconds: float) -> None:
         self.rows.labels(model).observe(rows)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -111,8 +111,18 @@ def test_no_healthy_request_is_lost_to_a_poisoned_one(bad: float) -> None:
     batcher.close()
 
 
-async def load(port: int, rate: float, seconds: float) -> tuple[Counter[int], list[float], int, float]:
-    """Requests at a rate that waits for no answer: statuses, seconds of the answered, refusals without Retry-After."""
+class Seen(NamedTuple):
+    """What became of a load: statuses, seconds of the answered, refusals without advice, answers and asks a second."""
+
+    statuses: Counter[int]
+    took: list[float]
+    without: int
+    rate: float
+    offered: float
+
+
+async def load(port: int, rate: float, seconds: float) -> Seen:
+    """Requests at a rate that does not wait for answers."""
     statuses: Counter[int] = Counter()
     took: list[float] = []
     without = 0
@@ -136,39 +146,38 @@ async def load(port: int, rate: float, seconds: float) -> tuple[Counter[int], li
         for i in range(int(rate * seconds)):
             tasks.append(asyncio.create_task(one()))
             await asyncio.sleep(max(start + (i + 1) / rate - time.monotonic(), 0))
+        offered = len(tasks) / (time.monotonic() - start)
         await asyncio.gather(*tasks)
         elapsed = time.monotonic() - start
-    return statuses, took, without, statuses[200] / elapsed
+    return Seen(statuses, took, without, statuses[200] / elapsed, offered)
 
 
-def answered_within_a_second(server: Any) -> tuple[float, float]:
-    """Of all requests to infer: those, and all."""
+def answered_within(server: Any, seconds: str) -> tuple[float, float]:
+    """Of the requests that got an answer: in so many seconds by the server's clock, and all."""
     text = server.ask("GET", "/metrics")[2].decode()
-    found = re.findall(r'batiste_request_seconds_bucket\{le="(1\.0|\+Inf)",route="infer"\} (\S+)', text)
+    found = re.findall(r'batiste_request_seconds_bucket\{le="([^"]*)",route="infer",status="200"\} (\S+)', text)
     counts = {edge: float(count) for edge, count in found}
-    return counts["1.0"], counts["+Inf"]
+    return counts[seconds], counts["+Inf"]
 
 
 def test_ten_times_the_load_is_answered_as_well_as_once_the_load() -> None:
-    seconds = 20.0 if LONG else 2.0
-    with started(0.05) as server:  # at most 80 rows in a second
-        peak = asyncio.run(load(server.port, 90, seconds))[3]
+    seconds, most = (20.0 if LONG else 3.0), 20  # so slow that the clients can indeed ask ten times as often
+    with started(0.2) as server:  # at most 20 rows in a second
+        peak = asyncio.run(load(server.port, most, seconds)).rate
         before = server.rss()
         for times in (2, 5, 10) if LONG else (10,):
-            statuses, took, without, rate = asyncio.run(load(server.port, times * 80, seconds))
-            goodput = rate / peak
-            p99 = float(np.quantile(took, 0.99))
-            print(f"SV5: {times} x: goodput {goodput:.2f} of {peak:.0f}/s, p99 {p99:.2f} s, {dict(statuses)}")
-            assert goodput >= 0.9 or not LONG  # two seconds, on cores shared with the clients, say too little
+            statuses, took, without, rate, offered = asyncio.run(load(server.port, times * most, seconds))
+            assert offered > 0.8 * times * most
+            print(f"SV5: {offered / most:.1f} x: goodput {rate / peak:.2f} of {peak:.1f}/s, {np.median(took):.2f} s,"
+                  f" 99 % {np.quantile(took, 0.99):.2f} s, {dict(statuses)}")  # fmt: skip
             assert set(statuses) <= {200, 429, 503} and not without
-        in_time, all_ = answered_within_a_second(server)
-        assert (
-            in_time >= (0.99 if LONG else 0.5) * all_
-        )  # by the server's clock: the clients' loop is what is overloaded here
-        assert server.rss() - before < 48
+            assert rate >= (0.9 if LONG else 0.6) * peak  # three seconds hold few batches
+        in_time, all_ = answered_within(server, "1.0")
+        assert in_time >= 0.99 * all_
+        assert server.rss() - before < 32
         start = time.monotonic()
         assert server.infer([[1.0] * 4])[0] == 200
-        assert time.monotonic() - start < (1 if LONG else 10)
+        assert time.monotonic() - start < 1
 
 
 def test_sigterm_under_load_loses_nothing_that_was_accepted() -> None:
