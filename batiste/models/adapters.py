@@ -125,7 +125,7 @@ def save_adapters(model: Module, folder: str | Path) -> list[Path]:
     """Writes the adapters alone into a folder, as safetensors with their paths as names; says which files."""
     found = _adapters(model)
     specs = [Spec(path, v.shape, np.dtype(v.dtype)) for path, v in found.items()]
-    return write_safetensors(folder, specs, (np.asarray(v[...]) for v in found.values()), 5_000_000_000)
+    return write_safetensors(folder, specs, (np.asarray(v[...]) for v in found.values()))
 
 
 def load_adapters(model: Module, folder: str | Path) -> None:

@@ -11,9 +11,7 @@ Source: Devlin et al. 2019, "BERT"; Reimers and Gurevych 2019, "Sentence-BERT"; 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -24,9 +22,11 @@ from batiste.graph import Module, Rngs, data
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.nn.stack import Stack
 
-from .files import open_weights, read_json
-from .mapping import Table, load, save
-from .tensors import WeightsError
+from .blocks import Attention, Mlp
+from .files import open_weights
+from .mapping import Table
+from .safetensors import SHARD_BYTES
+from .settings import Published, Settings
 
 RULES = (
     ("token/embedding", ("vocab", None)),
@@ -67,11 +67,11 @@ BERT = Table(
 )  # fmt: skip
 """Our path -> the name in Hugging Face's checkpoints."""
 
-SETTINGS = {
+SETTINGS = Settings("bert", {
     "vocab": "vocab_size", "features": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "hidden": "intermediate_size", "positions": "max_position_embeddings", "types": "type_vocab_size",
     "epsilon": "layer_norm_eps", "dropout": "hidden_dropout_prob",
-}  # fmt: skip
+}, {"hidden_act": "gelu", "position_embedding_type": "absolute"})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +184,9 @@ class Block(Module):
     """
 
     def __init__(self, config: BertConfig, *, rngs: Rngs):
-        self.attn = Attention(config, rngs=rngs)
+        self.attn = Attention(config.features, config.heads, rngs=rngs)
         self.attn_norm = nn.LayerNorm(config.features, epsilon=config.epsilon, rngs=rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config.features, config.hidden, rngs=rngs)
         self.mlp_norm = nn.LayerNorm(config.features, epsilon=config.epsilon, rngs=rngs)
         self.dropout = nn.Dropout(config.dropout, rngs=rngs)
 
@@ -195,39 +195,10 @@ class Block(Module):
         return self.mlp_norm(x_BTD + self.dropout(self.mlp(x_BTD)))
 
 
-class Attention(Module):
-    """out(softmax(query(x) · key(x) / √C) value(x)), over the positions that are there
-
-    Source: Vaswani et al. 2017, eq. 1.
-    """
-
-    def __init__(self, config: BertConfig, *, rngs: Rngs):
-        D, H = config.features, config.heads
-        self.query = nn.LinearGeneral(D, (H, D // H), rngs=rngs)
-        self.key = nn.LinearGeneral(D, (H, D // H), rngs=rngs)
-        self.value = nn.LinearGeneral(D, (H, D // H), rngs=rngs)
-        self.out = nn.LinearGeneral((H, D // H), D, axis=(-2, -1), rngs=rngs)
-
-    def __call__(self, x_BTD: Array, seen_B11T: Array | None = None) -> Array:
-        q_BTHC, k_BTHC, v_BTHC = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        return self.out(nn.dot_product_attention(q_BTHC, k_BTHC, v_BTHC, mask=seen_B11T))
-
-
-class Mlp(Module):
-    """down(gelu(up(x))), with the exact gelu, x Φ(x)
-
-    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", eq. 1.
-    """
-
-    def __init__(self, config: BertConfig, *, rngs: Rngs):
-        self.up = nn.Linear(config.features, config.hidden, rngs=rngs)
-        self.down = nn.Linear(config.hidden, config.features, rngs=rngs)
-
-    def __call__(self, x_BTD: Array) -> Array:
-        return self.down(nn.gelu(self.up(x_BTD), approximate=False))
-
-
 # ---------------------------------------------------------------- files
+FILES = Published(Bert, BertConfig, SETTINGS, BERT)
+
+
 def load_bert(path: str | Path, config: BertConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> Bert:
     """An encoder with the weights of a folder or a file; it does not drop until `model.train()`.
 
@@ -239,40 +210,13 @@ def load_bert(path: str | Path, config: BertConfig | None = None, *, dtype: DTyp
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
-    path = Path(path)
-    config = bert_config(path) if config is None else config
-    weights = open_weights(path)
-    if config.pooled and not any("pooler." in name for name in weights.tensors):
-        config = dataclasses.replace(config, pooled=False)
-    model = load(lambda rngs: Bert(config, rngs=rngs), weights, BERT, path, dtype=dtype)
-    model.eval()
-    return model
+    pooled = any("pooler." in name for name in open_weights(path).tensors)
+    if config is not None:
+        config = dataclasses.replace(config, pooled=config.pooled and pooled)
+    return FILES.load(path, config, dtype, pooled=pooled)
 
 
 def save_bert(model: Bert, folder: str | Path, *, dtype: DTypeLike | None = None,
-              shard_bytes: int = 5_000_000_000) -> list[Path]:  # fmt: skip
+              shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files."""
-    files = save(model, BERT, folder, dtype=dtype, shard_bytes=shard_bytes)
-    about: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu"}
-    about |= {theirs: getattr(model.config, ours) for ours, theirs in SETTINGS.items()}
-    (Path(folder) / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    return files
-
-
-def bert_config(folder: Path) -> BertConfig:
-    """What `config.json` says.
-
-    Raises:
-        WeightsError: there is none, or it is that of another architecture.
-    """
-    path = folder / "config.json"
-    about = read_json(path)
-    said = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-    for name, wanted in said.items():
-        if about.get(name, wanted) != wanted or (name == "model_type" and name not in about):
-            raise WeightsError("the model is of an architecture that this encoder is not", at=str(path),
-                               got=f"{name}={str(about.get(name))[:80]!r}", expected=repr(wanted))  # fmt: skip
-    try:
-        return BertConfig(**{ours: about[theirs] for ours, theirs in SETTINGS.items() if theirs in about})
-    except (TypeError, ValueError) as error:
-        raise WeightsError("the settings do not describe an encoder", at=str(path), got=str(error)[:200]) from error
+    return FILES.save(model, folder, dtype, shard_bytes, architectures=["BertModel"])

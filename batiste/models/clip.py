@@ -26,10 +26,10 @@ from batiste.nn.stack import Stack
 
 from . import blocks
 from .blocks import Block, with_first
-from .files import open_weights
 from .images import check_images
-from .mapping import Table, load, save
-from .settings import Settings
+from .mapping import Table
+from .safetensors import SHARD_BYTES
+from .settings import Published, Settings
 
 RULES = (
     *blocks.RULES,
@@ -225,20 +225,19 @@ def normed(x: Array) -> Array:
 
 
 # ---------------------------------------------------------------- files
+FILES = Published(Clip, ClipConfig, SETTINGS, CLIP)
+
+
 def load_clip(path: str | Path, config: ClipConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> Clip:
     """Both towers with the weights of a folder or a file.
 
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
-    config = SETTINGS.read(path, ClipConfig) if config is None else config
-    model = load(lambda rngs: Clip(config, rngs=rngs), open_weights(path), CLIP, path, dtype=dtype)
-    model.eval()
-    return model
+    return FILES.load(path, config, dtype)
 
 
-def save_clip(model: Clip, folder: str | Path, *, dtype: DTypeLike | None = None) -> list[Path]:
+def save_clip(model: Clip, folder: str | Path, *, dtype: DTypeLike | None = None,
+              shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files."""
-    files = save(model, CLIP, folder, dtype=dtype)
-    SETTINGS.write(folder, model.config, **{"text_config.eos_token_id": model.config.vocab - 1})
-    return files
+    return FILES.save(model, folder, dtype, shard_bytes, **{"text_config.eos_token_id": model.config.vocab - 1})

@@ -23,10 +23,10 @@ from batiste.graph import List, Module, Param, Rngs, data, make
 from batiste.graph.errors import ArgumentError
 from batiste.nn.initializers import constant
 
-from .files import open_weights
 from .images import check_images, drop_path
-from .mapping import Table, load, save
-from .settings import Settings, labels
+from .mapping import Table
+from .safetensors import SHARD_BYTES
+from .settings import Published, Settings, labels
 
 RULES = (
     ("up/kernel", (None, "mlp")),
@@ -165,6 +165,9 @@ class Block(Module):
 
 
 # ---------------------------------------------------------------- files
+FILES = Published(ConvNext, ConvNextConfig, SETTINGS, CONVNEXT, "classifier.bias")
+
+
 def load_convnext(path: str | Path, config: ConvNextConfig | None = None, *,
                   dtype: DTypeLike = jnp.float32) -> ConvNext:  # fmt: skip
     """A classifier with the weights of a folder or a file; it does not drop until `model.train()`.
@@ -172,17 +175,11 @@ def load_convnext(path: str | Path, config: ConvNextConfig | None = None, *,
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
-    weights = open_weights(path)
-    if config is None:
-        head = weights.tensors.get("classifier.bias")
-        config = SETTINGS.read(path, ConvNextConfig, **({"classes": head.shape[0]} if head else {}))
-    model = load(lambda rngs: ConvNext(config, rngs=rngs), weights, CONVNEXT, path, dtype=dtype)
-    model.eval()
-    return model
+    return FILES.load(path, config, dtype)
 
 
-def save_convnext(model: ConvNext, folder: str | Path, *, dtype: DTypeLike | None = None) -> list[Path]:
+def save_convnext(model: ConvNext, folder: str | Path, *, dtype: DTypeLike | None = None,
+                  shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files."""
-    files = save(model, CONVNEXT, folder, dtype=dtype)
-    SETTINGS.write(folder, model.config, num_stages=len(model.config.depths), **labels(model.config.classes))
-    return files
+    more = {"num_stages": len(model.config.depths), **labels(model.config.classes)}
+    return FILES.save(model, folder, dtype, shard_bytes, **more)

@@ -26,6 +26,7 @@ from batiste.graph.errors import ArgumentError
 from .files import open_weights
 from .images import ConvNorm, check_images, conv_norm, drop_path
 from .mapping import Table, load, save
+from .safetensors import SHARD_BYTES
 
 RULES = (
     ("fc/kernel", (None, "classes")),
@@ -187,6 +188,7 @@ def load_efficientnet(path: str | Path, config: EfficientNetConfig = EFFICIENTNE
     return model
 
 
-def save_efficientnet(model: EfficientNet, folder: str | Path, *, dtype: DTypeLike | None = None) -> list[Path]:
+def save_efficientnet(model: EfficientNet, folder: str | Path, *, dtype: DTypeLike | None = None,
+                      shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with the names of PyTorch's conversions into a folder; says which files."""
-    return save(model, EFFICIENTNET, folder, dtype=dtype)
+    return save(model, EFFICIENTNET, folder, dtype=dtype, shard_bytes=shard_bytes)

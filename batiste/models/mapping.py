@@ -35,7 +35,7 @@ from batiste.graph import BatchStat, Module, Param, Rngs, RngState, Variable, it
 from batiste.nn import Conv, Linear, LinearGeneral
 from batiste.sharding import current_plan
 
-from .safetensors import Spec, write_safetensors
+from .safetensors import SHARD_BYTES, Spec, write_safetensors
 from .tensors import Weights, WeightsError, room
 
 
@@ -257,7 +257,7 @@ def _placed(path: tuple, variable: Variable, value: Any) -> jax.Array:
 
 # ---------------------------------------------------------------- writing
 def save(model: Module, table: Table, folder: str | Path, *, dtype: DTypeLike | None = None,
-         shard_bytes: int = 5_000_000_000) -> list[Path]:  # fmt: skip
+         shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with a table's names into a folder, one tensor in memory at a time; says which files.
 
     Args:

@@ -18,12 +18,18 @@ from batiste.graph import Module, Rngs
 from batiste.graph.errors import ArgumentError
 
 from .bert import BERT, BERTS, Bert, load_bert, save_bert
+from .clip import CLIP, CLIPS, Clip, load_clip, save_clip
 from .configs import DECODERS
+from .convnext import CONVNEXT, CONVNEXTS, ConvNext, load_convnext, save_convnext
 from .decoder import Decoder
+from .efficientnet import EFFICIENTNET, EFFICIENTNETS, EfficientNet, load_efficientnet, save_efficientnet
 from .files import open_weights, read_json
 from .mapping import Table, entries
+from .resnet import RESNET, RESNETS, ResNet, load_resnet, save_resnet
 from .tensors import WeightsError
+from .vit import VIT, VITS, Vit, load_vit, save_vit
 from .weights import LLAMA, load_decoder, save_decoder
+from .whisper import WHISPER, WHISPERS, Whisper, load_whisper, save_whisper
 
 
 class Architecture(NamedTuple):
@@ -55,7 +61,17 @@ class Architecture(NamedTuple):
 
 
 def _tokens(config: Any) -> tuple[Any, ...]:
-    return (jnp.arange(16)[None] % config.vocab,)
+    return (jnp.arange(min(16, getattr(config, "length", 16)))[None] % config.vocab,)
+
+
+def _images(config: Any) -> tuple[Any, ...]:
+    size = getattr(config, "size", 64)  # those without one take any
+    return (jnp.linspace(-1, 1, size * size * 3).reshape(1, size, size, 3),)
+
+
+def _speech(config: Any) -> tuple[Any, ...]:
+    shape = (1, 2 * config.moments, config.bands)
+    return jnp.linspace(-1, 1, math.prod(shape)).reshape(shape), *_tokens(config)
 
 
 ARCHITECTURES = {
@@ -66,6 +82,18 @@ ARCHITECTURES = {
                      ("llama", "mistral", "qwen2", "qwen3"), _tokens),
         Architecture("bert", "encoders of text: BERT, MiniLM, sentence encoders", Bert, BERTS, BERT,
                      load_bert, save_bert, ("bert",), _tokens),
+        Architecture("efficientnet", "classifiers of images: EfficientNet-Lite 0 to 4", EfficientNet, EFFICIENTNETS,
+                     EFFICIENTNET, load_efficientnet, save_efficientnet, (), _images),
+        Architecture("vit", "classifiers of images: vision transformers", Vit, VITS, VIT,
+                     load_vit, save_vit, ("vit",), _images),
+        Architecture("resnet", "classifiers of images: ResNet v1.5", ResNet, RESNETS, RESNET,
+                     load_resnet, save_resnet, ("resnet",), _images),
+        Architecture("convnext", "classifiers of images: ConvNeXt", ConvNext, CONVNEXTS, CONVNEXT,
+                     load_convnext, save_convnext, ("convnext",), _images),
+        Architecture("clip", "images and texts in one space: CLIP", Clip, CLIPS, CLIP,
+                     load_clip, save_clip, ("clip",), lambda config: (*_images(config), *_tokens(config))),
+        Architecture("whisper", "speech to text, from spectra: Whisper", Whisper, WHISPERS, WHISPER,
+                     load_whisper, save_whisper, ("whisper",), _speech),
     )
 }  # fmt: skip
 """By name."""

@@ -23,10 +23,10 @@ from batiste import nn
 from batiste.graph import List, Module, Rngs, data
 from batiste.graph.errors import ArgumentError
 
-from .files import open_weights
 from .images import ConvNorm, check_images, conv_norm
-from .mapping import Table, load, save
-from .settings import Settings, labels
+from .mapping import Table
+from .safetensors import SHARD_BYTES
+from .settings import Published, Settings, labels
 
 RULES = (("head/kernel", (None, "classes")), ("head/bias", ("classes",)), ("{kernel,scale,bias}", (...,)))
 """Only the classifier has a dim that a `tensor` axis divides; convolutions are divided by the batch, and by `fsdp`."""
@@ -140,23 +140,19 @@ class Block(Module):
 
 
 # ---------------------------------------------------------------- files
+FILES = Published(ResNet, ResNetConfig, SETTINGS, RESNET, "classifier.1.bias")
+
+
 def load_resnet(path: str | Path, config: ResNetConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> ResNet:
     """A classifier with the weights of a folder or a file; it keeps its statistics until `model.train()`.
 
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
-    weights = open_weights(path)
-    if config is None:
-        head = weights.tensors.get("classifier.1.bias")
-        config = SETTINGS.read(path, ResNetConfig, **({"classes": head.shape[0]} if head else {}))
-    model = load(lambda rngs: ResNet(config, rngs=rngs), weights, RESNET, path, dtype=dtype)
-    model.eval()
-    return model
+    return FILES.load(path, config, dtype)
 
 
-def save_resnet(model: ResNet, folder: str | Path, *, dtype: DTypeLike | None = None) -> list[Path]:
+def save_resnet(model: ResNet, folder: str | Path, *, dtype: DTypeLike | None = None,
+                shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files."""
-    files = save(model, RESNET, folder, dtype=dtype)
-    SETTINGS.write(folder, model.config, **labels(model.config.classes))
-    return files
+    return FILES.save(model, folder, dtype, shard_bytes, **labels(model.config.classes))

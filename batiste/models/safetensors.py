@@ -22,6 +22,7 @@ from batiste.graph.strict import parse_json
 from .tensors import Tensor, Weights, WeightsError, checked_shape, file_size
 
 HEADER_LIMIT = 100_000_000
+SHARD_BYTES = 5_000_000_000  # the most of one file, if nothing else is said
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
@@ -137,7 +138,7 @@ class Spec(NamedTuple):
 
 
 def write_safetensors(folder: str | Path, specs: Iterable[Spec], values: Iterable[np.ndarray],
-                      shard_bytes: int = 5_000_000_000) -> list[Path]:  # fmt: skip
+                      shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes the tensors in this order, to files of at most `shard_bytes` (but for a larger tensor), and the index.
 
     `values` is gone through once: it may make each tensor when its turn comes.

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .files import read_json
+from jax.typing import DTypeLike
+
+from .files import open_weights, read_json
+from .mapping import Table, load, save
 from .tensors import WeightsError
 
 Config = TypeVar("Config")
@@ -55,6 +58,43 @@ class Settings(NamedTuple):
             part, _, rest = name.partition(".")
             nested.setdefault(part, {})[rest] = about[name]
         (Path(folder) / "config.json").write_text(json.dumps(nested, indent=2, sort_keys=True) + "\n")
+
+
+class Published(NamedTuple):
+    """How models of one kind lie in folders: what makes them, their settings, and the names of their weights.
+
+    Args:
+        model, config: the classes.
+        head: of a classifier, the tensor that is as long as there are classes.
+    """
+
+    model: Callable[..., Any]
+    config: type
+    settings: Settings
+    table: Table
+    head: str = ""
+
+    def load(self, path: str | Path, config: Any, dtype: DTypeLike, **more: Any) -> Any:
+        """The model of a folder, of the configuration found there if `config` is None; it is not in training.
+
+        Raises:
+            WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
+        """
+        weights = open_weights(path)
+        if config is None:
+            head = weights.tensors.get(self.head)
+            config = self.settings.read(path, self.config, **({"classes": head.shape[0]} if head else {}), **more)
+        model = load(lambda rngs: self.model(config, rngs=rngs), weights, self.table, path, dtype=dtype)
+        model.eval()
+        return model
+
+    def save(
+        self, model: Any, folder: str | Path, dtype: DTypeLike | None, shard_bytes: int, **more: Any
+    ) -> list[Path]:
+        """Writes safetensors, and `config.json` with `more` in it; says which files hold the weights."""
+        files = save(model, self.table, folder, dtype=dtype, shard_bytes=shard_bytes)
+        self.settings.write(folder, model.config, **more)
+        return files
 
 
 def labels(classes: int) -> dict[str, dict[str, str]]:

@@ -26,10 +26,10 @@ from batiste.nn.stack import Stack
 
 from . import blocks
 from .blocks import Block, with_first
-from .files import open_weights
 from .images import check_images
-from .mapping import Table, load, save
-from .settings import Settings, labels
+from .mapping import Table
+from .safetensors import SHARD_BYTES
+from .settings import Published, Settings, labels
 
 RULES = (
     *blocks.RULES,
@@ -165,23 +165,19 @@ class Vit(Module):
 
 
 # ---------------------------------------------------------------- files
+FILES = Published(Vit, VitConfig, SETTINGS, VIT, "classifier.bias")
+
+
 def load_vit(path: str | Path, config: VitConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> Vit:
     """A classifier with the weights of a folder or a file; it does not drop until `model.train()`.
 
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
-    weights = open_weights(path)
-    if config is None:
-        head = weights.tensors.get("classifier.bias")
-        config = SETTINGS.read(path, VitConfig, **({"classes": head.shape[0]} if head else {}))
-    model = load(lambda rngs: Vit(config, rngs=rngs), weights, VIT, path, dtype=dtype)
-    model.eval()
-    return model
+    return FILES.load(path, config, dtype)
 
 
-def save_vit(model: Vit, folder: str | Path, *, dtype: DTypeLike | None = None) -> list[Path]:
+def save_vit(model: Vit, folder: str | Path, *, dtype: DTypeLike | None = None,
+             shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files."""
-    files = save(model, VIT, folder, dtype=dtype)
-    SETTINGS.write(folder, model.config, **labels(model.config.classes))
-    return files
+    return FILES.save(model, folder, dtype, shard_bytes, **labels(model.config.classes))

@@ -16,6 +16,7 @@ from .configs import DecoderConfig, Stretch
 from .decoder import Decoder
 from .files import open_weights, read_json
 from .mapping import Table, load, save
+from .safetensors import SHARD_BYTES
 from .tensors import Weights, WeightsError
 
 HUGGING_FACE = {
@@ -101,7 +102,7 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
 
 
 def save_decoder(model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None,
-                 shard_bytes: int = 5_000_000_000) -> list[Path]:  # fmt: skip
+                 shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files.
 
     Args:

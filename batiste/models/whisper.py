@@ -29,9 +29,9 @@ from batiste.transforms.compile import jit
 
 from . import blocks
 from .blocks import Attention, Block, Mlp, exact_gelu
-from .files import open_weights
-from .mapping import Table, load, save
-from .settings import Settings
+from .mapping import Table
+from .safetensors import SHARD_BYTES
+from .settings import Published, Settings
 
 RULES = (
     *blocks.RULES,
@@ -249,21 +249,21 @@ def _transcribed(model: Whisper, spectrum_BJM: Array, prompt_BT: Array, end: Arr
 
 
 # ---------------------------------------------------------------- files
+FILES = Published(Whisper, WhisperConfig, SETTINGS, WHISPER)
+
+
 def load_whisper(path: str | Path, config: WhisperConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> Whisper:
     """A transcriber with the weights of a folder or a file; it does not drop until `model.train()`.
 
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
     """
-    config = SETTINGS.read(path, WhisperConfig) if config is None else config
-    model = load(lambda rngs: Whisper(config, rngs=rngs), open_weights(path), WHISPER, path, dtype=dtype)
-    model.eval()
-    return model
+    return FILES.load(path, config, dtype)
 
 
-def save_whisper(model: Whisper, folder: str | Path, *, dtype: DTypeLike | None = None) -> list[Path]:
+def save_whisper(model: Whisper, folder: str | Path, *, dtype: DTypeLike | None = None,
+                 shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
     """Writes safetensors with Hugging Face's names, and `config.json`, into a folder; says which files."""
-    files = save(model, WHISPER, folder, dtype=dtype)
     sizes = {"decoder_attention_heads": model.config.heads, "decoder_ffn_dim": model.config.hidden}
-    SETTINGS.write(folder, model.config, **sizes, **{name: min(n, model.config.vocab - 1) for name, n in ENDS.items()})
-    return files
+    ends = {name: min(n, model.config.vocab - 1) for name, n in ENDS.items()}
+    return FILES.save(model, folder, dtype, shard_bytes, **sizes, **ends)
