@@ -14,6 +14,7 @@ from jax import export as jax_export
 
 from batiste.debug.calls import Around, Places
 from batiste.graph.errors import ArgumentError
+from batiste.graph.jaxcompat import inputs_used
 
 from .errors import ExportError
 from .pure import Pure
@@ -151,11 +152,7 @@ def _nameless() -> Iterator[None]:
 
 def used_weights(model: Pure, jaxpr: Any) -> list[str]:
     """The names of the weights that the outputs depend on; a program's first arguments are the weights, by name."""
-    taken = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not taken.isdisjoint(eqn.outvars):
-            taken.update(v for v in eqn.invars if isinstance(v, jex.Var))
-    return [name for name, v in zip(sorted(model.weights), jaxpr.invars) if v in taken]
+    return [name for name, is_used in zip(sorted(model.weights), inputs_used(jaxpr)) if is_used]
 
 
 def refuse_callbacks(model: Pure, inputs: Any, jaxpr: Any) -> None:

@@ -12,7 +12,7 @@ from jax._src.core import (
 )
 from jax._src.distributed import global_state as processes_state  # noqa: F401  (waiting with a time-out has no public name)
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
-from jax._src.interpreters.partial_eval import DynamicJaxprTracer
+from jax._src.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
 from jax._src.source_info_util import user_frames as _user_frames
 from jax._src.state.types import AbstractRef
 from jax._src.traceback_util import _exclude_paths as hidden_paths  # noqa: F401
@@ -26,6 +26,11 @@ current_trace = functools.partial(get_opaque_trace_state, convention="flax")
 Ref = jax.Ref
 ShapedArray = jax.core.ShapedArray  # type: ignore[attr-defined]
 Tracer = jax.core.Tracer  # type: ignore[attr-defined]
+
+
+def inputs_used(jaxpr) -> list[bool]:
+    """Of each input of a jaxpr, whether its outputs or effects depend on it; loops and calls are looked into."""
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
 
 
 def is_ref(x) -> bool:

@@ -17,6 +17,7 @@ from batiste import linen, nnx
 from batiste.checkpoint import SaveError
 from batiste.export import Bundle, ExportError, GoldenError, PlatformError, ShapeDtype, export, load_bundle
 from batiste.graph.errors import ArgumentError, DtypeError, ShapeError
+from batiste.models import BERTS, Bert
 
 KEY = b"a secret of 16 bytes"
 
@@ -380,3 +381,15 @@ def test_a_dim_that_cannot_be_cut(tmp_path: Path) -> None:
     assert bundle(x=ones(3))["output"].shape == (6,)
     with pytest.raises(ArgumentError, match="cut"):
         load_bundle(tmp_path / "b", buckets={"n": (4,)})
+
+
+@pytest.mark.parametrize("run", ["scan", "unroll"])
+def test_dropout_inside_a_stack_draws_nothing_once_it_is_off(run: str, tmp_path: Path) -> None:
+    model, tokens = Bert(BERTS["tiny"], rngs=nnx.Rngs(0)), np.arange(12, dtype=np.int32).reshape(2, 6)
+    model.set_attributes(nnx.Stack, run=run)
+    with pytest.raises(ExportError, match=r"draws random numbers.*dropout"):
+        export(model, {"tokens": "int32[batch, 6] < 64"}, tmp_path / "drawing")
+    model.eval()
+    bundle = export(model, {"tokens": "int32[batch, 6] < 64"}, tmp_path / "b")
+    np.testing.assert_allclose(bundle(tokens=tokens)["output"], model(tokens), atol=1e-5)
+    assert not [name for name in bundle.weights if "rngs" in name or "pooler" in name], "nothing depends on them"
