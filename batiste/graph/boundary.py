@@ -223,7 +223,7 @@ def walk_tree(walk: Walk, tree: Any, specs: Sequence[Any], start: Path = ()) -> 
         path = (*start, *map(key_name, keys))
         aim(walk, spec, path)
         if is_root(x):
-            defs.append(walk.value(x, path))
+            defs.append(walk.whole(x, path))
         else:
             walk.plain.append(len(walk.leaves))
             walk.leaf(x, path)

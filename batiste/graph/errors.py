@@ -142,6 +142,15 @@ class ImmutableVariableError(BatisteError):
     """A Variable that may only be read was written."""
 
 
+def too_deep(x: Any) -> StructureError:
+    """The error of an object that holds more levels of objects in each other than Python can go down."""
+    return StructureError(
+        f"the {type(x).__name__} is nested too deep",
+        expected=f"fewer levels than fit on a stack of {sys.getrecursionlimit()} calls",
+        fix="put layers that follow each other into a list; or call sys.setrecursionlimit first",
+    )
+
+
 class BatisteWarning(UserWarning):
     """Base of the warnings about programs that run, and most likely do something else than was meant."""
 

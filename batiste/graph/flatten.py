@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from .captured import AT_REST
-from .errors import AliasError, StructureError, TraceContextError
+from .errors import AliasError, StructureError, TraceContextError, too_deep
 from .jaxcompat import Tracer, current_trace, is_ref, key_name, one_level
 from .metadata import frozen_metadata
 from .pytree import Pytree, sorted_names
@@ -166,7 +166,7 @@ def flatten_graph(root: Any, *, graph: bool = True, labels: Any = None, known: M
     walk = Walk(graph, known, what)
     walk.rule = labels if callable(labels) else None
     walk.label = labels
-    return walk.finish(walk.value(root, ()))
+    return walk.finish(walk.whole(root, ()))
 
 
 class Walk:
@@ -191,6 +191,17 @@ class Walk:
         self.rule: Rule | None = None
         self.label: Any = None
         self.start = 0  # length of the path of the root that the rule speaks of
+
+    def whole(self, x: Any, path: Path) -> Any:
+        """The structure of a value, where the walk enters it.
+
+        Raises:
+            StructureError: it is nested too deep.
+        """
+        try:
+            return self.value(x, path)
+        except RecursionError:
+            raise too_deep(x) from None
 
     def finish(self, root: Any) -> Flat:
         numbers = {key: entry[0] for key, entry in self.seen.items()}

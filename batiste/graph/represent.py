@@ -80,6 +80,7 @@ class Drawing:
     by_shape: bool = False
 
 
+DEEPEST = 64  # levels that are drawn, if no other limit is set: Python can go down in some more
 _drawing: contextvars.ContextVar[Drawing | None] = contextvars.ContextVar("drawing", default=None)
 
 
@@ -122,7 +123,7 @@ def _key(key: Any, join: str) -> str:
 
 def _too_deep(drawing: Drawing) -> bool:
     limit = config.flax_max_repr_depth
-    return limit is not None and drawing.depth >= limit
+    return drawing.depth >= (DEEPEST if limit is None else limit)
 
 
 def _text(value: Any, drawing: Drawing) -> str:
@@ -199,27 +200,30 @@ def bytes_text(count: int) -> str:
 def sizes_by_kind(obj: Any) -> dict[str, Size]:
     """The sizes of all Variables below an object, each counted once."""
     sizes: dict[str, Size] = {}
-    for kind, value in _variables(obj, {}):
+    for kind, value in _variables(obj):
         sizes[kind] = sizes.get(kind, Size()) + Size.of(value)
     return {kind: size for kind, size in sizes.items() if size}
 
 
-def _variables(obj: Any, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    if id(obj) in seen:
-        return
-    seen[id(obj)] = obj
-    if hasattr(type(obj), "__batiste_repr__"):
-        layout = obj.__batiste_repr__()
-        items = list(layout.items)
-        if layout.kind is not None:
-            yield layout.kind, items[0][1]
-            return
-        children = [value for _, value in sorted(items, key=lambda item: str(item[0]))]
-    else:
-        level = default_registry.flatten_one_level(obj)
-        children = level[0] if level is not None else ()
-    for child in children:
-        yield from _variables(child, seen)
+def _variables(root: Any) -> Iterator[tuple[str, Any]]:
+    seen: dict[int, Any] = {}
+    todo = [root]
+    while todo:
+        obj = todo.pop()
+        if id(obj) in seen:
+            continue
+        seen[id(obj)] = obj
+        if hasattr(type(obj), "__batiste_repr__"):
+            layout = obj.__batiste_repr__()
+            items = list(layout.items)
+            if layout.kind is not None:
+                yield layout.kind, items[0][1]
+                continue
+            children = [value for _, value in sorted(items, key=lambda item: str(item[0]))]
+        else:
+            level = default_registry.flatten_one_level(obj)
+            children = list(level[0]) if level is not None else []
+        todo += reversed(children)
 
 
 def _comment(obj: Any, layout: Layout, items: list[tuple[Any, Any]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from .epoch import structure_changed
+from .errors import too_deep
 from .jaxcompat import current_trace, is_ref
 from .metadata import frozen_metadata
 from .pytree import Pytree, prepare, same_place
@@ -46,7 +47,10 @@ def unflatten_graph(root: Any, leaves: Iterable[Any], *, reuse: Mapping[int, Any
     Variable around it where one stood, unless `recreate` is False.
     """
     build = Build(leaves, reuse, copy, recreate)
-    return build.value(root), build.objects
+    try:
+        return build.value(root), build.objects
+    except RecursionError:
+        raise too_deep(root) from None
 
 
 class Build:

@@ -72,7 +72,9 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
     seen: dict[int, Path] = {}
     open_: set[int] = set()
 
-    def visit(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    above: list[tuple[Any, Path, Iterator[tuple[Any, Any]]]] = []  # what is being gone through; no calls in each other
+
+    def enter(x: Any, path: Path) -> None:
         items = _items(x, path, as_graph, "iter_graph")
         once = (
             is_graph_node(x) or items is not None
@@ -85,12 +87,21 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
             raise duplicate_error(x, [seen[id(x)], path], "")
         seen[id(x)] = path
         open_.add(id(x))
-        for key, value in items or ():
-            yield from visit(value, (*path, key))
-        open_.discard(id(x))
-        yield path, x
+        above.append((x, path, iter(items or ())))
 
-    return visit(node, ())
+    def visit() -> Iterator[tuple[Path, Any]]:
+        enter(node, ())
+        while above:
+            x, path, parts = above[-1]
+            part = next(parts, None)
+            if part is not None:
+                enter(part[1], (*path, part[0]))
+                continue
+            above.pop()
+            open_.discard(id(x))
+            yield path, x
+
+    return visit()
 
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:

@@ -188,6 +188,21 @@ def test_a_deep_model_and_a_model_that_holds_itself(use: str, tmp_path: Path) ->
         uses(tmp_path)[use](model)
 
 
+def test_a_model_1000_levels_deep_is_walked_or_refused_with_one_error(tmp_path: Path) -> None:
+    deep = None
+    for _ in range(1000):
+        deep = Link(deep)
+    assert deep is not None
+    assert sum(isinstance(x, nnx.Param) for _, x in nnx.iter_graph(deep)) == 1000
+    assert "Link" in repr(deep) and len(list(nnx.iter_modules(deep))) == 1000
+    deep.eval()
+    for name, use in uses(tmp_path).items():
+        if name in ("deepcopy", "pickle"):  # Python's own, of which the library knows nothing
+            continue
+        with pytest.raises(BatisteError, match="nested too deep"):
+            use(deep)
+
+
 @pytest.mark.parametrize("use", [jax.jit(lambda m: m.w[...].sum()), lambda m: jax.tree.map(jnp.negative, m)])
 def test_a_model_that_holds_itself_is_no_tree(use: Any) -> None:
     cycle = Link(None)
