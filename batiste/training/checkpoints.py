@@ -22,6 +22,7 @@ from batiste.core.frozen_dict import FrozenDict
 from batiste.errors import InvalidCheckpointError, MPACheckpointingRequiredError
 from batiste.graph.config import config
 from batiste.graph.errors import ArgumentError
+from batiste.graph.fitting import changes_are_meant
 from batiste.serialization import from_state_dict, msgpack_restore, to_bytes, to_state_dict
 from batiste.training import orbax_utils
 
@@ -269,7 +270,10 @@ def restore_checkpoint(
     else:
         checkpointer = orbax_checkpointer or orbax_utils.orbax().PyTreeCheckpointer()
         state = _restored_by_orbax(checkpointer, path, target, orbax_transforms)
-    return state if target is None else from_state_dict(target, state)
+    if target is None:
+        return state
+    with changes_are_meant():  # a target of other shapes takes those of the file, as in Flax
+        return from_state_dict(target, state)
 
 
 def _restored_by_orbax(checkpointer: Any, path: str, target: Any, transforms: Any) -> Any:

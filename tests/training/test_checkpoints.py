@@ -103,7 +103,7 @@ def test_orbax_overwrites_on_request_and_takes_what_is_lacking_from_the_target(t
     with pytest.raises(ValueError, match="already exists"):
         save_checkpoint(tmp_path, {"a": np.arange(3)}, 1)
     save_checkpoint(tmp_path, {"a": np.arange(4)}, 1, overwrite=True)
-    restored = restore_checkpoint(tmp_path, {"a": np.zeros(4, int), "new": 5})
+    restored = restore_checkpoint(tmp_path, {"a": np.zeros(4), "new": 5})
     assert restored["a"].tolist() == [0, 1, 2, 3] and restored["new"] == 5
     with pytest.raises(ValueError, match="Orbax backend only accept pytree"):
         save_checkpoint(tmp_path, 3, 1)
