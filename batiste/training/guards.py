@@ -126,9 +126,14 @@ class Guard(Pytree):
         return verdict, ~(self._refuses(verdict) | self.halted[...])
 
     def restore(self, targets: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
-        """Gives what an update wrote its values of before, unless all are finite; returns whether they were."""
+        """Gives what an update wrote its values of before, unless all are finite; returns whether they were.
+
+        Where a snapshot is gone back to, nothing is kept for this: a second copy of the parameters is what guards cost.
+        """
         after = [v.get_value() for v in targets]
         sound = all_finite(after) | (self.nonfinite == "off")
+        if self.nonfinite in ("off", "rollback"):
+            return sound
         for variable, value in zip(targets, lax.cond(sound, lambda: after, lambda: list(before))):
             variable.set_value(value)
         return sound
