@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,21 @@ class Forgetful(Counted):
                 if kind == "rename" and args[0] in dirty:
                     dirty = dirty - {args[0]} | {args[1]}
         return sorted(map(str, dirty))
+
+    def disks_after_power_loss(self, beside: Path) -> Iterator[tuple[int, Path]]:
+        """After each number of operations, and with each fate of what was not synced: a folder with what is left."""
+        for upto in range(len(self.journal) + 1):
+            for tail in ("empty", "zeros", "half"):
+                for names_kept in (True, False):
+                    after = beside / f"{upto}-{tail}-{names_kept}"
+                    after.mkdir()
+                    for path, content in self.after_power_loss(upto, tail, names_kept):
+                        if content is None:
+                            (after / path).mkdir()
+                        else:
+                            (after / path).write_bytes(content)
+                    yield upto, after
+                    shutil.rmtree(after)
 
     def after_power_loss(self, upto: int, tail: str, names_kept: bool) -> Iterator[tuple[Path, bytes | None]]:
         """Paths with their content (None: a folder), relative to the folder, after the first `upto` operations.
