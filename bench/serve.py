@@ -90,8 +90,8 @@ def pytorch(port: int) -> None:
     from transformers import BertConfig, BertModel
 
     c = BERTS["minilm-l6"]
-    sizes = {"vocab_size": c.vocab, "hidden_size": c.features, "num_hidden_layers": c.layers,
-             "num_attention_heads": c.heads, "intermediate_size": c.hidden}  # fmt: skip
+    sizes: Any = {"vocab_size": c.vocab, "hidden_size": c.features, "num_hidden_layers": c.layers,
+                  "num_attention_heads": c.heads, "intermediate_size": c.hidden}  # fmt: skip
     model = BertModel(BertConfig(**sizes)).eval()
 
     @torch.inference_mode()
