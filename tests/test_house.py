@@ -170,6 +170,7 @@ IMPORTED_WHEN_USED = {
     "batiste.cli": "the command that was asked for",
     "batiste.core": "its names",
     "batiste.export.again": "the function that makes a bundle's model, which the user or a signature vouches for",
+    "batiste.serve.child": "the function that makes what is served, which whoever starts the server names",
     "batiste.nnx": "its names",
     "batiste.nnx.variablelib": "hijax Variables",
     "batiste.graph.variable": "hijax Variables, which rest on experimental parts of JAX",

@@ -120,6 +120,8 @@ def of_serve(parser: ArgumentParser) -> None:
     parser.add_argument("--allow-unsigned", action="store_true", help="serve bundles that nobody signed")
     parser.add_argument("--api-keys", metavar="FILE", help="a key on each line; clients show one")
     parser.add_argument("--buckets", action="append", default=[], metavar="SIZE=N,N", help="such as batch=1,8,32")
+    parser.add_argument("--engine", default="thread", choices=("thread", "process"),
+                        help="process: of its own for each bundle, started again when it dies (thread)")  # fmt: skip
     parser.add_argument("--executables", metavar="FOLDER", help="keep compiled programs here for the next start")
     parser.add_argument("--waiting", type=int, default=256, metavar="ROWS", help="the most rows that wait (256)")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="that an answer may take (30)")

@@ -101,7 +101,10 @@ def _bundles(args: Namespace, name: str, path: Path) -> Any:
     if options["key"] is None and not args.allow_unsigned:
         raise UsageError("Bundles are served with the key that signed them", got=str(path),
                          expected="--key-file FILE, or --allow-unsigned for one that you trust")  # fmt: skip
-    return partial(Servable.of_bundle, path, name, buckets=_buckets(args.buckets), **options)
+    options |= {"path": path, "name": name, "buckets": _buckets(args.buckets)}
+    if args.engine == "process":
+        return partial(Servable.in_process, "batiste.serve.servable:Servable.of_bundle", **options)
+    return partial(Servable.of_bundle, **options)
 
 
 def _language_model(args: Namespace, name: str, path: Path) -> Any:

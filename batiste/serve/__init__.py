@@ -4,6 +4,7 @@
 server = Server([Servable.of_bundle("bundle/", name="digits")])   # the Open Inference Protocol, version 2
 serve(server, port=8000)                                          # until SIGTERM, which loses nothing
 
+served = Servable.in_process("my_models:load")                    # in a process that may die and is started again
 app = server.warm().app()                                         # or an ASGI application for any other server
 
 Language models: see `batiste.serve.chat`.

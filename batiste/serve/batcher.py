@@ -3,6 +3,7 @@
 
 submit -> Waiting line -> (same room?) -> batch -> Servable.batched -> each its answer
                                                 -> it failed: the halves again, until the one is found
+                                                -> the engine died: 503; each row that was there, next time alone
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import Refusal
+from .errors import Died, Refusal
 from .servable import Arrays, Servable
+from .suspects import Suspects, marks
 
 log = logging.getLogger(__name__)
 SHARE = 0.8  # of a request's time that it may be expected to wait: an estimate is off by some
@@ -34,6 +36,7 @@ class Item:
         self.arrays, self.sizes, self.rows, self.group, self.deadline = arrays, sizes, rows, group, deadline
         self.begun = time.monotonic()
         self.alone = False  # its batch did not come back: it is tried once more, by itself
+        self.marks: list[bytes] = []  # of its rows, where one of them is suspected
         self.future: Future[dict[str, np.ndarray]] = Future()
 
     def refuse(self, refusal: Refusal) -> None:
@@ -60,6 +63,7 @@ class Batcher:
     def __init__(self, servable: Servable, *, waiting: int = 256, linger: float = 0.001, patience: float | None = 60.0,
                  nan: bool = False, observe: Any = None):  # fmt: skip
         self.servable, self.waiting, self.linger, self.patience = servable, waiting, linger, patience
+        self.suspects = Suspects()
         self.nan, self.observe = nan, observe or (lambda rows, seconds: None)
         self.line: collections.deque[Item] = collections.deque()
         self.changed = threading.Condition()
@@ -88,7 +92,8 @@ class Batcher:
         """Puts a request in the line.
 
         Raises:
-            Refusal: 429, it could not be answered in time; 503, this is closing.
+            Refusal: 429, it could not be answered in time; 503, this is closing, or its engine is being started
+                again; 422, the engine died of it, twice.
             ArgumentError, ShapeError, DtypeError: the inputs do not fit.
         """
         sizes = self.servable.signature.check(arrays)
@@ -96,10 +101,13 @@ class Batcher:
         rows = sizes[self.servable.batch]
         group = tuple(n for name, n in room.items() if name != self.servable.batch)
         item = Item(arrays, sizes, rows, group, time.monotonic() + timeout)
+        self._suspect(item)
         with self.changed:
             if self.closed:
                 raise Refusal(503, "The model is being unloaded", after=1.0)
             wait = self.expected(rows)
+            if wait > SHARE * timeout and not self.up:
+                raise Refusal(503, "The engine is being started again", after=self.back)
             if self.queued + rows > self.waiting or wait > SHARE * timeout:
                 raise Refusal(429, "Too many requests wait here", after=max(wait - SHARE * timeout, self.seconds))
             self.line.append(item)
@@ -111,7 +119,31 @@ class Batcher:
         """Seconds until a request of so many rows would be answered if it came now."""
         batches = math.ceil((self.queued + rows) / self.servable.rows)
         left = max(self.seconds - (time.monotonic() - self.since), 0.0) if self.running else 0.0
-        return batches * self.seconds + left
+        return batches * self.seconds + left + self.back
+
+    @property
+    def up(self) -> bool:
+        """Whether there is an engine that computes."""
+        return self.servable.apart is None or self.servable.apart.up
+
+    @property
+    def back(self) -> float:
+        """Seconds until there should be one."""
+        return 0.0 if self.servable.apart is None else self.servable.apart.back
+
+    def _suspect(self, item: Item) -> None:
+        """Whoever was there when an engine died is computed alone.
+
+        Raises:
+            Refusal: it died of it.
+        """
+        if not self.suspects:
+            return
+        found = marks(item.arrays)
+        if any(map(self.suspects.guilty, found)):
+            raise Refusal(422, "The model fails on this input, as it did before")
+        if any(mark in self.suspects for mark in found):
+            item.marks, item.group = found, object()
 
     def cancel(self, item: Item) -> None:
         """Its client is gone: what has not begun is not computed."""
@@ -130,6 +162,17 @@ class Batcher:
             for item in [*self.line, *self.running]:
                 item.refuse(Refusal(503, "The server is closing", after=1.0))
             self.line.clear()
+        self.servable.close()
+
+    def _suspect_waiting(self) -> None:
+        with self.changed:
+            for item in list(self.line):
+                try:
+                    self._suspect(item)
+                except Refusal as refusal:
+                    self.line.remove(item)
+                    self.queued -= item.rows
+                    item.refuse(refusal)
 
     # ------------------------------------------------------------ the thread that computes
     def _start(self) -> None:
@@ -138,17 +181,25 @@ class Batcher:
         threading.Thread(target=self._work, args=arguments, name=self.servable.name, daemon=True).start()
 
     def _work(self, number: int) -> None:
-        while items := self._take(number):
+        while self._engine_up() and (items := self._take(number)):
             start = time.monotonic()
-            self._compute(items, number)
+            died = not self._compute(items, number)
             with self.changed:
                 if number != self._worker:
                     return  # given up meanwhile: another thread has taken over
-                took = time.monotonic() - start
+                took = self.seconds if died else time.monotonic() - start
                 self.seconds = took if not self.seconds else (1 - FORGET) * self.seconds + FORGET * took
                 self.running, self.since = [], math.inf
                 self.changed.notify_all()
             self.observe(sum(item.rows for item in items), took)
+
+    def _engine_up(self) -> bool:
+        """Waits for it; False if there will be none any more."""
+        with contextlib.suppress(Died):
+            if self.servable.apart is not None:
+                self.servable.apart.wait()
+            return True
+        return False
 
     def _take(self, number: int) -> list[Item]:
         """The next batch: the oldest request, and those behind it that fit in its room; empty at the end."""
@@ -186,27 +237,53 @@ class Batcher:
             self.queued -= item.rows
             item.refuse(Refusal(504, "The answer was not ready in time"))
 
-    def _compute(self, items: list[Item], number: int) -> None:
-        """The answers; where it fails, of each half: who spoils a batch is found in log2(n) steps and fails alone."""
+    def _compute(self, items: list[Item], number: int) -> bool:
+        """The answers; where it fails, of each half: who spoils a batch is found in log2(n) steps and fails alone.
+
+        Returns:
+            whether the engine lived through it.
+        """
         items = [item for item in items if not item.future.done()]
         if not items or number != self._worker:
-            return
+            return True
         try:
-            answers = self.servable.batched([(item.arrays, item.sizes) for item in items])
+            answers = [self._alone(items[0])] if items[0].marks else self._together(items)
+        except Died:
+            for item in items:
+                if not item.marks:  # else it is known of which row
+                    self.suspects.suspect(marks(item.arrays))
+                item.refuse(Refusal(503, "The engine died, and is being started again", after=self.back))
+            self._suspect_waiting()
+            return False
         except Exception:
             if len(items) == 1:
                 log.exception("%s failed on a request", self.servable.name)
                 items[0].refuse(Refusal(500, "The model failed on this input"))
-                return
+                return True
             middle = len(items) // 2
-            self._compute(items[:middle], number)
-            self._compute(items[middle:], number)
-            return
+            return self._compute(items[:middle], number) & self._compute(items[middle:], number)
         for item, outputs in zip(items, answers):
             if not self.nan and (bad := next((name for name, x in outputs.items() if has_nan(x)), None)):
                 item.refuse(Refusal(500, f"The output {bad!r} holds NaN"))
             else:
                 item.give(outputs)
+        return True
+
+    def _together(self, items: list[Item]) -> list[dict[str, np.ndarray]]:
+        return self.servable.batched([(item.arrays, item.sizes) for item in items])
+
+    def _alone(self, item: Item) -> dict[str, np.ndarray]:
+        """Row by row: if the engine dies again, it is known of which."""
+        found = []
+        for i, mark in enumerate(item.marks):
+            row = {name: x[i : i + 1] for name, x in item.arrays.items()}
+            try:
+                found += self.servable.batched([(row, {**item.sizes, self.servable.batch: 1})])
+            except Died:
+                self.suspects.convict(mark)
+                raise
+            self.suspects.clear(mark)
+        return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
 
     # ------------------------------------------------------------ a thread that does not come back
     def _watch(self) -> None:
@@ -216,7 +293,11 @@ class Batcher:
                 if time.monotonic() - self.since <= (self.patience or math.inf):
                     continue
                 stuck = [item for item in self.running if not item.future.done()]
-                log.error("%s: a batch took more than %g s; its thread is given up", self.servable.name, self.patience)
+                log.error("%s: a batch took more than %g s; it is given up", self.servable.name, self.patience)
+                if self.servable.apart is not None:
+                    self.since = time.monotonic()
+                    self.servable.apart.kill()
+                    continue
                 self.running, self.since = [], math.inf
                 self._start()
                 for item in stuck:

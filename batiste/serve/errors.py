@@ -22,3 +22,7 @@ class Refusal(BatisteError):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.after is None else {"retry-after": str(max(1, math.ceil(self.after)))}
+
+
+class Died(BatisteError):
+    """The process of an engine ended, or was ended, in the middle of a batch."""

@@ -27,6 +27,10 @@ class Metrics:
         self.programs = p.Gauge("batiste_programs", "compiled programs", ["model"], **make)
         self.late = p.Gauge("batiste_programs_after_warming", "compiled while serving: 0, or sizes are wrong",
                             ["model"], **make)  # fmt: skip
+        self.up = p.Gauge("batiste_engine_up", "whether it computes", ["model"], **make)
+        self.deaths = p.Counter("batiste_engine_deaths", "of engines in processes of their own, each started again",
+                                ["model", "why"], **make)  # fmt: skip
+        self.refused = p.Gauge("batiste_rows_refused", "rows that are known to kill the engine", ["model"], **make)
         self.reloads = p.Counter("batiste_reloads", "of models", ["outcome"], **make)
         self.drift = p.Gauge("batiste_drift", "population stability index against the reference",
                              ["model", "tensor"], **make)  # fmt: skip
@@ -45,6 +49,8 @@ class Metrics:
     def look(self, model: str, batcher: Any) -> None:
         programs = batcher.servable.programs()
         self.queued.labels(model).set(batcher.queued)
+        self.up.labels(model).set(batcher.up)
+        self.refused.labels(model).set(batcher.suspects.convicted)
         self.programs.labels(model).set(programs)
         self.late.labels(model).set(programs - batcher.compiled)
 

@@ -16,6 +16,8 @@ from batiste.export import Bundle, Signature, load_bundle
 from batiste.export.signature import ShapeDtype, example, open_sizes
 from batiste.graph.errors import ArgumentError, ShapeError
 
+from .apart import Apart
+
 Arrays = Mapping[str, np.ndarray]
 BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -31,6 +33,7 @@ class Servable:
         buckets: the values of each open size that `run` is called with.
         programs: how many programs have been compiled so far.
         digest: of what it was loaded from.
+        apart: the process that it runs in, if that is not this one.
 
     Raises:
         ArgumentError: there is no common first dim, or an open size has no buckets.
@@ -43,6 +46,7 @@ class Servable:
     version: str = "1"
     programs: Callable[[], int] = lambda: 0
     digest: str = ""
+    apart: Apart | None = None
 
     def __post_init__(self):
         firsts = {spec.shape[0] if spec.shape else None for side in self.signature for spec in side.values()}
@@ -89,6 +93,26 @@ class Servable:
         bundle.verify()
         return cls(name or Path(bundle.path).name, bundle.signature, lambda arrays: bundle(**arrays), plan, version,
                    lambda: bundle.programs, bundle.digest)  # fmt: skip
+
+    @classmethod
+    def in_process(cls, target: str, **options: Any) -> Servable:
+        """What the function `target`, a text such as "my_models:load", gives: made and run in a process of its own.
+
+        Args:
+            options: the function's arguments: what JSON can say, paths and bytes.
+
+        Raises:
+            ArgumentError: it gives none.
+        """
+        apart = Apart(target, options)
+        about = apart.about
+        return cls(about["name"], apart.signature, apart.run, about["buckets"], about["version"],
+                   lambda: apart.programs, about["digest"], apart)  # fmt: skip
+
+    def close(self) -> None:
+        """Ends its process, if it has one."""
+        if self.apart is not None:
+            self.apart.close()
 
     # ------------------------------------------------------------ sizes
     @property

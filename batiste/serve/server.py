@@ -71,6 +71,8 @@ class Server:
 
     def _batcher(self, servable: Servable) -> Batcher:
         observe = lambda rows, seconds: self.metrics.batch(servable.name, rows, seconds)
+        if servable.apart is not None:
+            servable.apart.told = lambda why: self.metrics.deaths.labels(servable.name, why).inc()
         return Batcher(servable, observe=observe, **self.batching)
 
     def warm(self) -> Server:
@@ -99,10 +101,12 @@ class Server:
         with self._loading:
             for known, loaders in self.loaders.items():
                 for loader in loaders if name in (None, known) else []:
+                    servable = new = None
                     try:
                         servable = loader()
                         old = self.models[known].get(servable.version)
                         if old is not None and servable.digest and old.servable.digest == servable.digest:
+                            servable.close()
                             continue
                         new = self._batcher(servable)
                         new.warm()
@@ -110,6 +114,8 @@ class Server:
                         log.exception("%s was not reloaded; the old one serves on", known)
                         self.metrics.reloads.labels("failed").inc()
                         failure = failure or error
+                        for made in filter(None, (new, servable)):
+                            made.close()
                         continue
                     self.models[known][servable.version] = new
                     self.metrics.reloads.labels("done").inc()
@@ -156,8 +162,12 @@ class Server:
         return _json({"live": True})
 
     async def readiness(self, request: Any) -> Any:
-        ready = self.ready and not self.gate.draining
-        return _json({"ready": ready}, 200 if ready else 503, {} if ready else {"retry-after": "1"})
+        return self._readiness(self._batchers())
+
+    def _readiness(self, batchers: Sequence[Batcher]) -> Any:
+        ready = self.ready and not self.gate.draining and all(batcher.up for batcher in batchers)
+        after = max((batcher.back for batcher in batchers), default=0.0)
+        return _json({"ready": ready}, 200 if ready else 503, {} if ready else Refusal(503, "", after=after).headers)
 
     async def figures(self, request: Any) -> Any:
         for name, versions in self.models.items():
@@ -183,8 +193,7 @@ class Server:
                       "outputs": described(servable.signature.outputs)})  # fmt: skip
 
     async def model_ready(self, request: Any) -> Any:
-        self._asked(request)
-        return await self.readiness(request)
+        return self._readiness([self._asked(request)])
 
     async def load(self, request: Any) -> Any:
         if not self.admin:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server for the tests, in a process of its own: `python stub.py PORT [SECONDS]`.
+"""A server for the tests, in a process of its own: `python stub.py PORT [SECONDS [process]]`.
 
 Its model doubles rows of four numbers, and takes SECONDS for a batch of at most four. A row that begins with 666 makes
-it raise, with 777 it answers NaN, with 888 it hangs.
+it raise, with 777 it answers NaN, with 888 it hangs; with one of FATAL it ends the process that it runs in.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import signal
 import sys
 import time
 
@@ -16,6 +19,12 @@ import numpy as np
 from batiste.serve import Servable, Server, serve
 
 POISON, NAN, HANG = 666.0, 777.0, 888.0
+FATAL = {
+    901.0: lambda: os.kill(os.getpid(), signal.SIGKILL),  # as when memory runs out
+    902.0: lambda: ctypes.string_at(0),  # a segmentation fault
+    903.0: os.abort,
+    904.0: lambda: os._exit(3),
+}
 
 
 def model(seconds: float = 0.0) -> Servable:
@@ -25,6 +34,8 @@ def model(seconds: float = 0.0) -> Servable:
             raise RuntimeError("the secret of /etc/model")
         if (x[:, 0] == HANG).any():
             time.sleep(3600)
+        for first in x[:, 0].tolist():
+            FATAL.get(first, lambda: None)()
         return {"y": np.where(x[:, :1] == NAN, np.nan, 2 * x).astype(np.float32)}
 
     signature = {"x": "float32[batch, 4]"}, {"y": "float32[batch, 4]"}
@@ -34,5 +45,7 @@ def model(seconds: float = 0.0) -> Servable:
 if __name__ == "__main__":
     logging.basicConfig(level="WARNING")
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
-    made = Server([model(seconds)], waiting=16, timeout=1.0, patience=5.0, idle=2.0)
+    apart = "process" in sys.argv[3:]
+    served = Servable.in_process("stub:model", seconds=seconds) if apart else model(seconds)
+    made = Server([served], waiting=16, timeout=1.0, patience=5.0, idle=2.0)
     sys.exit(serve(made, port=int(sys.argv[1]), grace=10.0, idle=2.0))
