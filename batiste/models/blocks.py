@@ -90,5 +90,5 @@ class Block(Module):
 
 def with_first(first_11D: Array, x_BTD: Array) -> Array:
     """[first, x], along the positions"""
-    first_B1D = jnp.broadcast_to(first_11D.astype(x_BTD.dtype), (len(x_BTD), 1, x_BTD.shape[-1]))
+    first_B1D = jnp.broadcast_to(first_11D.astype(x_BTD.dtype), (x_BTD.shape[0], 1, x_BTD.shape[-1]))
     return jnp.concatenate([first_B1D, x_BTD], axis=1)

@@ -153,7 +153,7 @@ class Clip(Module):
     def loss(self, images_BYX3: Array, tokens_BT: Array) -> Array:
         """Mean of -log softmax(logits)[i, i], over texts and over images: each image fits its own text."""
         logits_BB = self(images_BYX3, tokens_BT)
-        own_B = jnp.arange(len(logits_BB))
+        own_B = jnp.arange(logits_BB.shape[0])
         own_2B = jnp.stack([nn.log_softmax(logits_BB, axis)[own_B, own_B] for axis in (0, 1)])
         return -own_2B.mean()
 
@@ -179,7 +179,7 @@ class ImageTower(Module):
             raise ShapeError("positions are those of images of one size", at=self, got=images_BYX3.shape,
                              expected=f"(batch, {self.size}, {self.size}, 3)", fix="resize the images")  # fmt: skip
         x_BTD = self.patches(images_BYX3)
-        x_BTD = with_first(self.first[...][None, None], x_BTD.reshape(len(x_BTD), -1, x_BTD.shape[-1]))
+        x_BTD = with_first(self.first[...][None, None], x_BTD.reshape(x_BTD.shape[0], -1, x_BTD.shape[-1]))
         x_BTD = x_BTD + self.position(jnp.arange(x_BTD.shape[1])[None])
         return normed(self.projection(self.norm(self.blocks(self.first_norm(x_BTD))[:, 0])))
 

@@ -131,7 +131,7 @@ class Silero(Module):
             raise ShapeError("a detector hears rows of whole chunks", at=self, got=audio_BT.shape,
                              expected=f"(batch, a multiple of {size} samples)",
                              fix="add a dim of size 1: audio[None]; fill up with zeros")  # fmt: skip
-        heard = self.silence(len(audio_BT)) if heard is None else heard
+        heard = self.silence(audio_BT.shape[0]) if heard is None else heard
         longer_BT = jnp.concatenate([heard.context_BK, audio_BT], axis=1)
         chunks = audio_BT.shape[1] // size
         places_NW = np.arange(chunks)[:, None] * size + np.arange(context + size)[None]

@@ -159,7 +159,7 @@ class Vit(Module):
             raise ShapeError("positions are those of images of one size", at=self, got=images_BYX3.shape,
                              expected=f"(batch, {self.config.size}, {self.config.size}, 3)",
                              fix="resize the images")  # fmt: skip
-        x_BTD = self.patches(images_BYX3).reshape(len(images_BYX3), -1, self.config.features)
+        x_BTD = self.patches(images_BYX3).reshape(images_BYX3.shape[0], -1, self.config.features)
         x_BTD = with_first(self.first[...], x_BTD) + self.positions.astype(x_BTD.dtype)
         return self.norm(self.blocks(self.dropout(x_BTD)))
 

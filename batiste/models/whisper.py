@@ -173,7 +173,7 @@ class Whisper(Module):
         k_LBSHC = jnp.einsum("BSD,LDHC->LBSHC", memory_BSD, cross.key.kernel[...].astype(memory_BSD.dtype))
         v_LBSHC = jnp.einsum("BSD,LDHC->LBSHC", memory_BSD, cross.value.kernel[...].astype(memory_BSD.dtype))
         v_LBSHC = v_LBSHC + cross.value.bias[...].astype(v_LBSHC.dtype)[:, None, None]
-        shape = (len(k_LBSHC), len(memory_BSD), length, c.heads, c.features // c.heads)
+        shape = (k_LBSHC.shape[0], memory_BSD.shape[0], length, c.heads, c.features // c.heads)
         none_LBPHC = jnp.zeros(shape, k_LBSHC.dtype)
         return Said((k_LBSHC, v_LBSHC), (none_LBPHC, none_LBPHC), jnp.int32(0))
 
