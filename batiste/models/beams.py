@@ -75,8 +75,7 @@ def beam_search(model: Decoder, prompts: Sequence[Any], steps: int, *, beams: in
 def _extended(model: Decoder, cache: Cache, source_R: Array, token_R: Array, score_BK: Array,
               width: int) -> tuple[tuple[Array, Array], Cache]:  # fmt: skip
     """The best of all beams with one token more, as scores and k V + token, and the cache of the beams as they were."""
-    cache = Cache(cache.k_LBSKC[:, source_R], cache.v_LBSKC[:, source_R], cache.filled[source_R])
-    x_R1D, cache = model.hidden(token_R[:, None], cache)
+    x_R1D, cache = model.hidden(token_R[:, None], cache.of_rows(source_R))
     logprobs_RV = jax.nn.log_softmax(model.logits(x_R1D)[:, 0])
     total_BKV = score_BK[..., None] + logprobs_RV.reshape(*score_BK.shape, -1)
     return jax.lax.top_k(total_BKV.reshape(len(score_BK), -1), width), cache

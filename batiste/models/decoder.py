@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from batiste import nn
-from batiste.graph import Module, Rngs, data
+from batiste.graph import Module, Rngs, data, merge, split
 from batiste.graph.errors import ShapeError
 from batiste.nn.losses import TokenLoss, chunked_cross_entropy
-from batiste.nn.stack import Stack
+from batiste.nn.stack import Apart, Stack
 
 from .configs import DecoderConfig, Stretch
 
@@ -51,11 +51,18 @@ class Cache(NamedTuple):
     What lies past the filled positions is not seen, and is written over: to forget the last tokens, or the padding
     behind a row's own, lower `filled`. With a window, position t lies in place t % S, so that S = window + P places
     do for any length, where P tokens are read at a time at most.
+
+    Of a decoder whose layers stand apart, keys and values are tuples with an array for each layer.
     """
 
-    k_LBSKC: Array
-    v_LBSKC: Array
+    k_LBSKC: Array | tuple[Array, ...]
+    v_LBSKC: Array | tuple[Array, ...]
     filled: Array
+
+    def of_rows(self, rows_R: Array) -> Cache:
+        """The cache of these rows, each of which is filled on its own."""
+        k, v = jax.tree.map(lambda x: jnp.take(x, rows_R, axis=x.ndim - 4), (self.k_LBSKC, self.v_LBSKC))
+        return Cache(k, v, self.filled[rows_R])
 
 
 class Decoder(Module):
@@ -70,7 +77,9 @@ class Decoder(Module):
     def __init__(self, config: DecoderConfig, *, rngs: Rngs):
         self.config = config
         self.embed = nn.Embed(config.vocab, config.features, rngs=rngs)
-        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs, has_aux=True)
+        self.blocks: Stack | Apart = Stack(
+            lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs, has_aux=True
+        )
         self.norm = nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
         head = None if config.tied else nn.Linear(config.features, config.vocab, use_bias=False, rngs=rngs)
         self.head = data(head)
@@ -94,8 +103,14 @@ class Decoder(Module):
         positions_T = jnp.add.outer(jnp.asarray(start), jnp.arange(length))  # [B, T], where rows have their own
         rope = rope_angles(positions_T, self.config.depth, self.config.rope_theta, self.config.rope_stretch)
         each = None if cache is None else (cache.k_LBSKC, cache.v_LBSKC)
+        is_apart = isinstance(self.blocks, Apart)
+        if each is not None and is_apart:
+            each = tuple(zip(*each))
         x_BTD, kept = self.blocks(self.embed(tokens_BT), *rope, positions_T, each=each)
-        return self.norm(x_BTD), None if cache is None else Cache(kept[0], kept[1], cache.filled + length)
+        if cache is None:
+            return self.norm(x_BTD), None
+        k_LBSKC, v_LBSKC = zip(*kept) if is_apart else kept
+        return self.norm(x_BTD), Cache(k_LBSKC, v_LBSKC, cache.filled + length)
 
     def logits(self, x_BTD: Array) -> Array:
         """float32, whatever the dtype of x"""
@@ -125,9 +140,23 @@ class Decoder(Module):
             per_row: rows are filled each on its own.
         """
         c = self.config
-        shape = (c.layers, batch, length, c.kv_heads, c.depth)
-        return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype),
-                     jnp.zeros((batch,) if per_row else (), jnp.int32))  # fmt: skip
+        shape_BSKC = (batch, length, c.kv_heads, c.depth)
+
+        def empty() -> Array | tuple[Array, ...]:
+            if isinstance(self.blocks, Apart):
+                return tuple(jnp.zeros(shape_BSKC, self.embed.dtype) for _ in range(c.layers))
+            return jnp.zeros((c.layers, *shape_BSKC), self.embed.dtype)
+
+        return Cache(empty(), empty(), jnp.zeros((batch,) if per_row else (), jnp.int32))
+
+    def apart(self) -> Decoder:
+        """The same decoder, whose layers stand apart: for generating, where no step then copies them out of a stack.
+
+        Its layers are copies: drop the other, or have it loaded so (`load_decoder(path, apart=True)`).
+        """
+        model = merge(*split(self))
+        model.blocks = model.blocks.apart()
+        return model
 
 
 class Block(Module):

@@ -10,8 +10,8 @@ so, and everybody else followed:
     others          as it is
 
 `{}` in a name stands for a number. Those of our name (the layers of a List) come first in theirs; what theirs has more
-are the first dims of our array (the layers of a Stack). A tensor that is laid out otherwise, or that holds several of
-our values, is written `As(name, ...)`.
+are the first dims of our array (the layers of a Stack), or stand behind `layers/` where a stack's layers stand apart. A
+tensor that is laid out otherwise, or that holds several of our values, is written `As(name, ...)`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def entries(model: Module, table: Table) -> list[Entry]:
     Raises:
         WeightsError: it says nothing of one.
     """
-    patterns = [(re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)")), names) for ours, names in table.names.items()]
+    patterns = [(_pattern(ours), names) for ours, names in table.names.items()]
     found = []
     for place, variable, layer in _values(model):
         matches = ((pattern.fullmatch(place), names) for pattern, names in patterns)
@@ -115,13 +115,19 @@ def entries(model: Module, table: Table) -> list[Entry]:
         if match is None:
             raise WeightsError("the table says nothing of a value of the model", at=place, fix="add a line to it")
         names = names if isinstance(names, As) else As(names)
-        names = names._replace(name=numbered(names.name, match.groups()))
+        names = names._replace(name=numbered(names.name, filter(None, match.groups())))
         stacked = variable.shape[: names.name.count("{}")]
         flat, order = _layout(layer, place, variable.shape[len(stacked) :])
         if names.order is not None:
             flat, order = variable.shape[len(stacked) :], names.order
         found.append(Entry(place, variable, names, stacked, flat, order))
     return found
+
+
+def _pattern(ours: str) -> re.Pattern[str]:
+    """What our path looks like: with numbers for `{}`, and, where the layers of a stack stand apart, that of each."""
+    apart = re.escape(ours).replace("layers/", r"layers/(?:(\d+)/)?")
+    return re.compile(apart.replace(r"\{\}", r"(\d+)"))
 
 
 def bare_entries(model: Module, stacked: Callable[[str], int]) -> list[Entry]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from batiste.graph import Rngs
+
 from .configs import DecoderConfig, Stretch
 from .decoder import Decoder
 from .files import open_weights, read_json
@@ -66,7 +68,7 @@ GGUF_SETTINGS = {
     "kv_heads": "attention.head_count_kv", "hidden": "feed_forward_length", "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base", "epsilon": "attention.layer_norm_rms_epsilon", "context": "context_length",
 }  # fmt: skip
-TURNED = ("blocks/layers/attn/query/", "blocks/layers/attn/key/")
+TURNED = ("/attn/query/", "/attn/key/")
 """What RoPE turns: GGUF files of the architecture `llama` have its pairs side by side."""
 # architecture -> what its name says
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -74,7 +76,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype: DTypeLike = jnp.float32) -> Decoder:
+def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype: DTypeLike = jnp.float32,
+                 apart: bool = False) -> Decoder:  # fmt: skip
     """A decoder with the weights of a folder (safetensors and `config.json`), of one file, or of a GGUF file.
 
     See `mapping.load` for how values travel.
@@ -82,6 +85,7 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
     Args:
         config: what the model is; read from the files if left out, which a single safetensors file does not say.
         dtype: of the parameters.
+        apart: its layers stand apart, for generating; see `Decoder.apart`.
 
     Raises:
         WeightsError: the files are damaged or incomplete, or of another model; before memory is taken.
@@ -96,9 +100,14 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
     interleaved = weights.about.get("general.architecture") == "llama"
 
     def turned(place: str, tensor: np.ndarray) -> np.ndarray:
-        return halves(tensor, config.depth) if interleaved and place.startswith(TURNED) else tensor
+        is_turned = interleaved and any(part in place for part in TURNED)
+        return halves(tensor, config.depth) if is_turned else tensor
 
-    return load(lambda rngs: Decoder(config, rngs=rngs), weights, table, path, dtype=dtype, turn=turned)
+    def build(rngs: Rngs) -> Decoder:
+        model = Decoder(config, rngs=rngs)
+        return model.apart() if apart else model
+
+    return load(build, weights, table, path, dtype=dtype, turn=turned)
 
 
 def save_decoder(model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None,

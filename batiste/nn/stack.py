@@ -19,6 +19,7 @@ from batiste.graph.rng import Rngs
 from batiste.sharding import PARTITION_NAME, constrain_batch
 from batiste.transforms.axes import Carry, StateAxes
 from batiste.transforms.batching import vmap
+from batiste.transforms.compile import jit
 from batiste.transforms.depth import Remat, Run, drive_of
 from batiste.transforms.loops import looped
 
@@ -99,6 +100,10 @@ class Stack(Module):
         """Copies of all layers."""
         return List(list(self))
 
+    def apart(self) -> Apart:
+        """Copies of all layers, to be gone through as this is."""
+        return Apart(list(self), has_aux=self.has_aux)
+
     def __call__(self, x: Any, *args: Any, each: Any = None, **kwargs: Any) -> Any:
         """Goes through the layers: `x = layer(x, *args, **kwargs)`.
 
@@ -123,6 +128,50 @@ class Stack(Module):
         through = _through(self.run, self.remat, self.has_aux, each is not None, structure, passed, fixed, roots,
                            self.axis)  # fmt: skip
         return through(self.layers, x, each, *moving)
+
+
+class Apart(Module):
+    """x → f(θ[n-1], … f(θ[1], f(θ[0], x))), as a Stack, where each layer has Variables of its own
+
+    A program that goes through stacked layers copies the Variables of each out of the stack. That is nothing beside a
+    batch of training; beside one token it is as much as all the rest. Apart, each layer is read where it lies; the
+    program is longer, and is traced once all the same.
+
+    Args:
+        layers: have the same structure.
+        has_aux: the layers return `(x, more)`; the result is then `(x, (more of each, …))`.
+
+    >>> from batiste import nnx
+    >>> stack = nnx.Stack(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 4, rngs=nnx.Rngs(0))
+    >>> layers = stack.apart()
+    >>> layers.layers[2].kernel.shape, bool(jnp.array_equal(layers(jnp.ones(3)), stack(jnp.ones(3))))
+    ((3, 3), True)
+    """
+
+    def __init__(self, layers: Sequence[Module], *, has_aux: bool = False):
+        self.layers, self.has_aux = List(list(layers)), has_aux
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def apart(self) -> Apart:
+        return self
+
+    def __call__(self, x: Any, *args: Any, each: Sequence[Any] | None = None) -> Any:
+        """Goes through the layers: `x = layer(x, *args)`; layer i gets `each[i]`, as the keyword argument `each`."""
+        more = []
+        for i, layer in enumerate(self.layers):
+            x = _called(layer, x, args, {} if each is None else {"each": each[i]})
+            if self.has_aux:
+                x, aux = x
+                more.append(aux)
+        return (x, tuple(more)) if self.has_aux else x
+
+
+@jit
+def _called(layer: Any, x: Any, args: tuple, own: dict[str, Any]) -> Any:
+    """One layer, as a program of its own: layers of one structure are traced once."""
+    return layer(constrain_batch(x), *args, **own)
 
 
 @functools.lru_cache(maxsize=1024)

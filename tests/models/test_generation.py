@@ -12,7 +12,7 @@ import transformers
 
 from batiste import nnx
 from batiste.graph.errors import ArgumentError, RngError
-from batiste.models import Decoder, DecoderConfig, beam_search, generate, save_decoder, speculate, stream
+from batiste.models import Decoder, DecoderConfig, beam_search, generate, load_decoder, save_decoder, speculate, stream
 from batiste.models.sampling import Sampling, filtered, penalised
 from batiste.models.speculative import verified
 
@@ -181,3 +181,15 @@ def test_wrong_arguments_are_errors_with_a_fix(model: Decoder) -> None:
         beam_search(model, [[1]], 1, beams=0)
     with pytest.raises(ArgumentError, match="left or right"):
         generate(model, jnp.ones((1, 1), int), 1, padded="both")
+
+
+def test_layers_that_stand_apart_compute_the_same_bits(model: Decoder, tmp_path) -> None:
+    apart = model.apart()
+    drawn = {"sampling": Sampling(0.8, top_k=5), "key": jax.random.key(1)}
+    for settings in ({}, drawn):
+        np.testing.assert_array_equal(*(np.stack(list(stream(m, PROMPTS, 4, **settings))) for m in (model, apart)))
+    assert beam_search(apart, PROMPTS[:1], 4, beams=2) == beam_search(model, PROMPTS[:1], 4, beams=2)
+    save_decoder(apart, tmp_path)
+    for read, wanted in ((load_decoder(tmp_path), model), (load_decoder(tmp_path, apart=True), apart)):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(read), nnx.state(wanted))
+    assert len(apart.blocks) == model.config.layers

@@ -48,7 +48,7 @@ def load_language_model(path: str | Path, *, name: str | None = None, slots: int
         raise ArgumentError("there is no such template", got=template, expected=", ".join(TEMPLATES))
     about = _published(path)
     words = Tokenizer.of_folder(path) if path.is_dir() else Tokenizer.of_gguf(about, path)
-    model = load_decoder(path, dtype=dtype)
+    model = load_decoder(path, dtype=dtype, apart=True)
     if max(lengths) > model.config.context:
         raise ArgumentError("the model was not trained for so many positions", got=max(lengths),
                             expected=f"at most {model.config.context}")  # fmt: skip
