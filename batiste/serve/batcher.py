@@ -71,6 +71,7 @@ class Batcher:
         self.running: list[Item] = []
         self.since = math.inf
         self.seconds = 0.0  # that a batch takes, on the average
+        self.costs: dict[int, float] = {}  # and one of each size
         self.closed = False
         self.compiled = 0  # programs after warming
         self._worker = 0
@@ -80,12 +81,9 @@ class Batcher:
 
     # ------------------------------------------------------------ callers
     def warm(self) -> None:
-        """Compiles everything; measures how long a full batch takes."""
-        self.servable.warm()
-        start = time.monotonic()
-        self.servable.warm()
-        plans = math.prod(len(sizes) for sizes in self.servable.buckets.values())
-        self.seconds = (time.monotonic() - start) / plans
+        """Compiles everything; measures how long batches take."""
+        self.costs = self.servable.warm()
+        self.seconds = self.costs[self.servable.rows]
         self.compiled = self.servable.programs()
 
     def submit(self, arrays: Arrays, timeout: float) -> Item:
@@ -187,8 +185,9 @@ class Batcher:
             with self.changed:
                 if number != self._worker:
                     return  # given up meanwhile: another thread has taken over
-                took = self.seconds if died else time.monotonic() - start
-                self.seconds = took if not self.seconds else (1 - FORGET) * self.seconds + FORGET * took
+                took = time.monotonic() - start
+                if not died:
+                    self._learn(sum(item.rows for item in items), took)
                 self.running, self.since = [], math.inf
                 self.changed.notify_all()
             self.observe(sum(item.rows for item in items), took)
@@ -223,11 +222,32 @@ class Batcher:
                         rows += item.rows
                     if rows == self.servable.rows:
                         break
+                most = self._worth(rows)
+                while rows > most and len(items) > 1:
+                    rows -= items.pop().rows
                 taken = set(map(id, items))
                 self.line = collections.deque(item for item in self.line if id(item) not in taken)
                 self.queued -= rows
                 self.running, self.since = items, time.monotonic()
                 return items
+
+    def _worth(self, rows: int) -> int:
+        """How many of these rows to compute at once, for all of them to be done soonest: five may be four and one.
+
+        best(n) = min over sizes s of cost(s) + best(n - s)
+        """
+        if not self.costs or rows in self.costs:
+            return rows
+        best = [(0.0, 0)]
+        for n in range(1, rows + 1):
+            best.append(min((cost + best[max(n - size, 0)][0], -size) for size, cost in self.costs.items()))
+        return -best[rows][1]
+
+    def _learn(self, rows: int, took: float) -> None:
+        size = self.servable.room({self.servable.batch: rows})[self.servable.batch]
+        self.seconds = took if not self.seconds else (1 - FORGET) * self.seconds + FORGET * took
+        if size in self.costs:
+            self.costs[size] += FORGET * (took - self.costs[size])
 
     def _drop_late(self) -> None:
         now = time.monotonic()

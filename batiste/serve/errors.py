@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from batiste.graph.errors import BatisteError
 
@@ -22,6 +23,10 @@ class Refusal(BatisteError):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.after is None else {"retry-after": str(max(1, math.ceil(self.after)))}
+
+    def body(self) -> dict[str, Any]:
+        """What stands in the answer."""
+        return {"error": str(self)}
 
 
 class Died(BatisteError):

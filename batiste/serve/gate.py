@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import Refusal
@@ -30,10 +30,13 @@ class Gate:
         most_bytes: of a body.
         idle: seconds between two parts of a body.
         most: requests at a time; more are refused at once.
+        shown: the body of a refusal, by its path.
     """
 
     def __init__(self, app: Any, metrics: Metrics, *, keys: Sequence[str] = (), most_bytes: int = 16 << 20,
-                 idle: float = 5.0, most: int = 1024):  # fmt: skip
+                 idle: float = 5.0, most: int = 1024,
+                 shown: Callable[[str, Refusal], Any] = lambda path, refusal: refusal.body()):  # fmt: skip
+        self.shown = shown
         self.app, self.metrics, self.most_bytes, self.idle, self.most = app, metrics, most_bytes, idle, most
         self.keys = [key.encode() for key in keys]
         self.running = 0
@@ -64,11 +67,11 @@ class Gate:
             await self.app(scope, self._limited(receive, headers), watched)
         except Refusal as error:
             if not sent:
-                await _answer(watched, error)
+                await self._answer(watched, scope["path"], error)
         except Exception:
             log.exception("a request failed")
             if not sent:
-                await _answer(watched, Refusal(500, "Something went wrong here"))
+                await self._answer(watched, scope["path"], Refusal(500, "Something went wrong here"))
         finally:
             self.running -= 1
             took = time.monotonic() - start
@@ -114,18 +117,17 @@ class Gate:
 
         return limited
 
+    async def _answer(self, send: Any, path: str, refusal: Refusal) -> None:
+        """A refusal before, or in place of, a route's answer; what remains of the body is not read."""
+        body = json.dumps(self.shown(path, refusal)).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close",
+                   **refusal.headers}  # fmt: skip
+        await send({"type": "http.response.start", "status": refusal.status,
+                    "headers": [(key.encode(), value.encode()) for key, value in headers.items()]})  # fmt: skip
+        await send({"type": "http.response.body", "body": body})
+
 
 async def gone(receive: Any) -> None:
     """Returns when the client has gone away."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _answer(send: Any, refusal: Refusal) -> None:
-    """A refusal before, or in place of, a route's answer; what remains of the body is not read."""
-    body = json.dumps({"error": str(refusal)}).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close",
-               **refusal.headers}  # fmt: skip
-    await send({"type": "http.response.start", "status": refusal.status,
-                "headers": [(key.encode(), value.encode()) for key, value in headers.items()]})  # fmt: skip
-    await send({"type": "http.response.body", "body": body})

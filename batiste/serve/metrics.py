@@ -31,6 +31,14 @@ class Metrics:
         self.deaths = p.Counter("batiste_engine_deaths", "of engines in processes of their own, each started again",
                                 ["model", "why"], **make)  # fmt: skip
         self.refused = p.Gauge("batiste_rows_refused", "rows that are known to kill the engine", ["model"], **make)
+        self.slots = p.Gauge("batiste_slots", "answers that can be written at a time", ["model"], **make)
+        self.busy_slots = p.Gauge("batiste_slots_busy", "of them", ["model"], **make)
+        self.jobs = p.Gauge("batiste_jobs_waiting", "for a slot", ["model"], **make)
+        self.tokens = p.Counter("batiste_tokens", "read of prompts, and written", ["model", "kind"], **make)
+        self.first = p.Histogram("batiste_first_token_seconds", "from the request to its first token", ["model"],
+                                 buckets=SECONDS, **make)  # fmt: skip
+        self.rounds = p.Histogram("batiste_round_seconds", "of reading pieces of prompts (prefill), and of a step of all"
+                                  " slots (decode)", ["model", "kind"], buckets=SECONDS, **make)  # fmt: skip
         self.reloads = p.Counter("batiste_reloads", "of models", ["outcome"], **make)
         self.drift = p.Gauge("batiste_drift", "population stability index against the reference",
                              ["model", "tensor"], **make)  # fmt: skip
@@ -54,5 +62,35 @@ class Metrics:
         self.programs.labels(model).set(programs)
         self.late.labels(model).set(programs - batcher.compiled)
 
+    def look_into(self, model: str, figures: Any) -> None:
+        """What an engine of language does now."""
+        self.slots.labels(model).set(figures.slots)
+        self.busy_slots.labels(model).set(figures.live)
+        self.jobs.labels(model).set(figures.waiting)
+
+    def watcher(self, model: str) -> Watcher:
+        """What such an engine tells of each round."""
+        return Watcher(self, model)
+
     def text(self) -> bytes:
         return self._text(self.registry)
+
+
+class Watcher:
+    """Counts what the engine of one language model does."""
+
+    def __init__(self, metrics: Metrics, model: str):
+        sides = "prefill", "decode"
+        self.first = metrics.first.labels(model).observe
+        self._tokens = [metrics.tokens.labels(model, side) for side in sides]
+        self._seconds = [metrics.rounds.labels(model, side) for side in sides]
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Pieces of prompts."""
+        self._tokens[0].inc(tokens)
+        self._seconds[0].observe(seconds)
+
+    def wrote(self, tokens: int, seconds: float) -> None:
+        """A step."""
+        self._tokens[1].inc(tokens)
+        self._seconds[1].observe(seconds)

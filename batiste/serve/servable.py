@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,20 @@ class Servable:
             found.append(cut)
         return found
 
-    def warm(self) -> int:
-        """Runs every combination of buckets once, so that nothing compiles later; how many those are."""
-        names = self.signature.sizes
-        rooms = [dict(zip(names, sizes)) for sizes in itertools.product(*(self.buckets[name] for name in names))]
+    def warm(self) -> dict[int, float]:
+        """Runs every combination of buckets, so that nothing compiles later.
+
+        Returns:
+            for each number of rows, the seconds that a batch of the largest other sizes takes.
+        """
+        names, costs = self.signature.sizes, dict.fromkeys(self.buckets[self.batch], 0.0)
         random = np.random.default_rng(0)
-        for room in rooms:
+        for sizes in itertools.product(*(self.buckets[name] for name in names)):
+            room = dict(zip(names, sizes))
             inputs = {name: example(spec, room, random) for name, spec in self.signature.inputs.items()}
-            {name: np.asarray(x) for name, x in self.run(inputs).items()}
-        return len(rooms)
+            for _ in range(2):  # the first time may compile
+                start = time.monotonic()
+                {name: np.asarray(x) for name, x in self.run(inputs).items()}
+                took = time.monotonic() - start
+            costs[room[self.batch]] = max(costs[room[self.batch]], took)
+        return costs

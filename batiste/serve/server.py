@@ -15,13 +15,13 @@ from batiste.graph.errors import ArgumentError, DtypeError, ShapeError
 from batiste.graph.optional import need
 from batiste.version import __version__
 
-from .batcher import Batcher
+from .batcher import Batcher, Item
 from .errors import Refusal
 from .gate import Gate, gone
 from .metrics import Metrics
 from .protocol import LENGTH, described, read, write
 from .recorder import Recorder
-from .servable import Servable
+from .servable import Arrays, Servable
 
 log = logging.getLogger("batiste.serve")
 PAGE = Path(__file__).with_name("page.html")
@@ -63,7 +63,10 @@ class Server:
             versions[servable.version] = self._batcher(servable)
             if not isinstance(model, Servable):
                 self.loaders.setdefault(servable.name, []).append(model)
-        self.gate = Gate(self._routes(), self.metrics, keys=keys, most_bytes=most_bytes, idle=idle, most=most)
+        shown = {} if chat is None else {"shown": chat.shown}
+        for name, engine in ({} if chat is None else chat.engines).items():
+            engine.watcher = self.metrics.watcher(name)
+        self.gate = Gate(self._routes(), self.metrics, keys=keys, most_bytes=most_bytes, idle=idle, most=most, **shown)
 
     def app(self) -> Any:
         """The ASGI application."""
@@ -173,6 +176,8 @@ class Server:
         for name, versions in self.models.items():
             for batcher in versions.values():
                 self.metrics.look(name, batcher)
+        for name, engine in ({} if self.chat is None else self.chat.engines).items():
+            self.metrics.look_into(name, engine.figures)
         if self.recorder is not None:
             for model, tensor, index in self.recorder.drift():
                 self.metrics.drift.labels(model, tensor).set(index)
@@ -207,8 +212,7 @@ class Server:
             raise Refusal(409, f"The model was not reloaded, the old one serves on: {type(error).__name__}") from error
 
     async def infer(self, request: Any) -> Any:
-        batcher = self._asked(request)
-        servable = batcher.servable
+        servable = self._asked(request).servable
         body = await request.body()
         header = request.headers.get(LENGTH)
         if len(body) > 1 << 16:  # reading it would keep the others waiting
@@ -216,7 +220,8 @@ class Server:
         else:
             asked = read(body, header, servable.signature)
         timeout = min(self._seconds(request), asked.timeout or self.timeout)
-        item = batcher.submit(asked.arrays, timeout)
+        batcher, item = self._submitted(request, asked.arrays, timeout)
+        servable = batcher.servable
         leaving = asyncio.create_task(gone(request.receive))
         leaving.add_done_callback(lambda task: task.cancelled() or batcher.cancel(item))
         try:
@@ -234,6 +239,16 @@ class Server:
         return response(b"".join(parts), headers={} if length is None else {LENGTH: str(length)}, media_type=kind)
 
     # ------------------------------------------------------------ parts of them
+    def _submitted(self, request: Any, arrays: Arrays, timeout: float) -> tuple[Batcher, Item]:
+        """In the line of the model as it is now: while the request was read, another one may have been loaded."""
+        while True:
+            batcher = self._asked(request)
+            try:
+                return batcher, batcher.submit(arrays, timeout)
+            except Refusal:
+                if not batcher.closed or self._asked(request) is batcher:
+                    raise
+
     def _asked(self, request: Any) -> Batcher:
         name, version = request.path_params["name"], request.path_params.get("version")
         versions = self.models.get(name)

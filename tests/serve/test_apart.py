@@ -158,8 +158,10 @@ def test_what_cannot_be_started_says_why() -> None:
 class Short:
     """In place of an engine: it loads, and dies while it is warmed."""
 
-    about: ClassVar[dict[str, Any]] = {"name": "m", "version": "1", "digest": "", "programs": 0, "inputs": {"x": [["n"], "float32", None]},
-             "outputs": {"y": [["n"], "float32", None]}, "buckets": {"n": [1]}}  # fmt: skip
+    about: ClassVar[dict[str, Any]] = {
+        "name": "m", "version": "1", "digest": "", "programs": 0, "buckets": {"n": [1]},
+        "inputs": {"x": [["n"], "float32", None]}, "outputs": {"y": [["n"], "float32", None]},
+    }  # fmt: skip
     begun: ClassVar[list[float]] = []
     others: ClassVar[list[dict[str, Any]]] = []
 

@@ -23,6 +23,7 @@ from batiste.serve.gate import gone
 
 from .answers import Answers, Event, chat_logprobs, text_logprobs
 from .embedder import Embedder
+from .engine import Engine
 from .errors import RequestError
 from .model import LanguageModel
 from .requests import EMBEDDINGS, asked, checked, parsed
@@ -74,6 +75,16 @@ class Api:
                 model.engine.close(timeout)
             else:
                 model.close()
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """Those of the language models, by name."""
+        return {name: model.engine for name, model in self.models.items() if isinstance(model, LanguageModel)}
+
+    @staticmethod
+    def shown(path: str, refusal: Refusal) -> dict[str, Any]:
+        """What stands in an answer that was refused before any route saw it."""
+        return (RequestError.of(refusal) if path.startswith("/v1/") else refusal).body()
 
     # ------------------------------------------------------------ handlers
     async def listed(self, request: Any) -> Any:
@@ -261,7 +272,7 @@ def _guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaita
         try:
             return await handler(request)
         except Refusal as error:
-            told = error if isinstance(error, RequestError) else RequestError(error.status, error.problem)
+            told = RequestError.of(error)
             return _json(told.body(), told.status, error.headers)
         except TimeoutError:
             return _json(RequestError(504, "The answer was not ready in time").body(), 504)

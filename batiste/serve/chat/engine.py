@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -81,6 +81,7 @@ class Job:
     client: str = ""
     deadline: float = math.inf
     cancelled: bool = False
+    came: float = 0.0  # by the same clock, when it was submitted
 
     @property
     def length(self) -> int:
@@ -90,6 +91,19 @@ class Job:
     def cancel(self) -> None:
         """Nobody reads on: the slot is free from the next round on."""
         self.cancelled = True
+
+
+class Watcher(Protocol):
+    """Is told what an engine does, by its thread."""
+
+    def first(self, seconds: float, /) -> object:
+        """A job got its first token, so long after it came."""
+
+    def read(self, tokens: int, seconds: float) -> object:
+        """Pieces of prompts were read."""
+
+    def wrote(self, tokens: int, seconds: float) -> object:
+        """A step was taken."""
 
 
 class Figures(NamedTuple):
@@ -128,6 +142,7 @@ class Engine:
         self._open, self._running = True, True
         self._tokens = self._steps = self._refused = 0
         self._ended: dict[str, int] = {}
+        self.watcher: Watcher | None = None
         self._service = 0.0  # seconds for which a job holds a slot, of late
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="batiste-chat", daemon=True)
@@ -191,6 +206,7 @@ class Engine:
                 self._refused += len(jobs)
                 raise Refused("All slots are taken, and too many wait", after=max(wait, 1), busy=True)
             for job in jobs:
+                job.came = now
                 self._waiting.add(job)
             self._changed.notify()
 
@@ -298,14 +314,22 @@ class Engine:
         reading = sorted((held.began, slot) for slot, held in group.held.items() if held.parts)
         answering = group.busy - len(reading)
         parts = ((slot, part) for _, slot in reading for part in tuple(group.held[slot].parts or ()))
+        start, tokens = time.monotonic(), 0
         for slot, part in itertools.islice(parts, max(1, len(reading) - answering)):
             slots.fill(slot, part)
             group.held[slot].read()
+            tokens += len(part)
+        if tokens and self.watcher is not None:
+            slots.wait()
+            self.watcher.read(tokens, time.monotonic() - start)
         live = np.zeros(slots.count, bool)
         live[[slot for slot, held in group.held.items() if not held.parts]] = True
         if live.any():
+            start = time.monotonic()
             out = slots.step(live)
             self._steps += 1
+            if self.watcher is not None:
+                self.watcher.wrote(int(live.sum()), time.monotonic() - start)
             for slot in np.flatnonzero(live).tolist():
                 self._give(group, slot, out)
 
@@ -319,6 +343,8 @@ class Engine:
             likeliest = zip(out.likeliest[slot].tolist(), out.likeliest_logprob[slot].tolist())
             token = Token(token.token, float(out.logprob[slot]), tuple(likeliest))
         held.given += 1
+        if held.given == 1 and self.watcher is not None:
+            self.watcher.first(time.monotonic() - held.job.came)
         self._tokens += 1
         try:
             over = held.job.take(token)

@@ -9,6 +9,7 @@ from batiste.serve.errors import Refusal
 
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error",
          504: "timeout_error"}  # fmt: skip
+CODES = {401: "invalid_api_key", 429: "overloaded", 503: "overloaded"}
 
 
 class RequestError(Refusal):
@@ -22,6 +23,13 @@ class RequestError(Refusal):
                  after: float | None = None):  # fmt: skip
         super().__init__(status, problem, after=after)
         self.param, self.code = param, code
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> RequestError:
+        """The same, in the words of this API."""
+        if isinstance(refusal, cls):
+            return refusal
+        return cls(refusal.status, refusal.problem, code=CODES.get(refusal.status), after=refusal.after)
 
     def body(self) -> dict[str, Any]:
         """What stands in the answer."""

@@ -143,6 +143,10 @@ class Slots:
         self._rows, out = self._step(self._weights, self._rows, live)
         return Drawn(*map(np.asarray, jax.device_get(out)))
 
+    def wait(self) -> None:
+        """Returns when what was asked for is done."""
+        jax.block_until_ready(self._rows.token_R)
+
     def clear(self) -> None:
         """Forgets all slots; after a program failed, what it was given is lost."""
         self._rows = self._cleared()
