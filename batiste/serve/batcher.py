@@ -56,7 +56,7 @@ class Batcher:
         linger: seconds that a batch that is not full waits for company.
         patience: seconds that a batch may take; then its thread is given up, and each of its requests is tried alone,
             once. None waits for ever.
-        nan: whether an answer that holds NaN is refused (status 500) in place of being sent.
+        nan: whether an answer with NaN is sent, not refused with status 500, and numbers that are not finite are taken.
         observe: is called with each batch: rows, seconds.
     """
 

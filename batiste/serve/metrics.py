@@ -37,8 +37,8 @@ class Metrics:
         self.tokens = p.Counter("batiste_tokens", "read of prompts, and written", ["model", "kind"], **make)
         self.first = p.Histogram("batiste_first_token_seconds", "from the request to its first token", ["model"],
                                  buckets=SECONDS, **make)  # fmt: skip
-        self.rounds = p.Histogram("batiste_round_seconds", "of reading pieces of prompts (prefill), and of a step of all"
-                                  " slots (decode)", ["model", "kind"], buckets=SECONDS, **make)  # fmt: skip
+        self.rounds = p.Histogram("batiste_round_seconds", "of reading prompts (prefill), of a step (decode)",
+                                  ["model", "kind"], buckets=SECONDS, **make)  # fmt: skip
         self.reloads = p.Counter("batiste_reloads", "of models", ["outcome"], **make)
         self.drift = p.Gauge("batiste_drift", "population stability index against the reference",
                              ["model", "tensor"], **make)  # fmt: skip

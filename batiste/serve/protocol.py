@@ -43,8 +43,11 @@ def described(spec: Mapping[str, ShapeDtype]) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- reading
-def read(body: bytes, header: str | None, signature: Signature) -> Asked:
+def read(body: bytes, header: str | None, signature: Signature, *, finite: bool = True) -> Asked:
     """The request in a body; `header` says how much of it is JSON, where bytes follow.
+
+    Args:
+        finite: refuses NaN and infinities, which JSON cannot say, in bytes too.
 
     Raises:
         Refusal: 400 or 422; it names the tensor.
@@ -69,7 +72,10 @@ def read(body: bytes, header: str | None, signature: Signature) -> Asked:
         name = entry.get("name")
         if not isinstance(name, str) or name not in signature.inputs or name in arrays:
             raise Refusal(422, f"'inputs' names {_shown(name)}; expected once each: {', '.join(signature.inputs)}")
-        arrays[name], rest = _tensor(entry, name, signature.inputs[name], rest)
+        x, rest = _tensor(entry, name, signature.inputs[name], rest)
+        if finite and jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+            raise Refusal(422, f"input {name!r}: a number is not finite")
+        arrays[name] = x
     if missing := [name for name in signature.inputs if name not in arrays]:
         raise Refusal(422, f"'inputs' lacks {', '.join(missing)}")
     if len(rest):

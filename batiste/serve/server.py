@@ -212,13 +212,14 @@ class Server:
             raise Refusal(409, f"The model was not reloaded, the old one serves on: {type(error).__name__}") from error
 
     async def infer(self, request: Any) -> Any:
-        servable = self._asked(request).servable
+        batcher = self._asked(request)
+        signature, finite = batcher.servable.signature, not batcher.nan
         body = await request.body()
         header = request.headers.get(LENGTH)
         if len(body) > 1 << 16:  # reading it would keep the others waiting
-            asked = await asyncio.to_thread(read, body, header, servable.signature)
+            asked = await asyncio.to_thread(read, body, header, signature, finite=finite)
         else:
-            asked = read(body, header, servable.signature)
+            asked = read(body, header, signature, finite=finite)
         timeout = min(self._seconds(request), asked.timeout or self.timeout)
         batcher, item = self._submitted(request, asked.arrays, timeout)
         servable = batcher.servable

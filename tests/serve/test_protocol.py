@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from batiste.export import ShapeDtype, Signature
+from batiste.graph.errors import ArgumentError, DtypeError, ShapeError
 from batiste.serve.errors import Refusal
 from batiste.serve.protocol import DATATYPES, Asked, read, write
 
@@ -137,3 +138,88 @@ def test_what_json_cannot_say_is_not_sent_as_json() -> None:
     with pytest.raises(Refusal, match="ask for it as bytes"):
         write("m", "1", Asked({}, {"y": False}, None, None), answer, SIGNATURE)
     assert write("m", "1", Asked({}, {"y": True}, None, None), answer, SIGNATURE)[1]
+
+
+# ---------------------------------------------------------------- two hundred more, made from a table
+NUMBERS = {"a number": 3, "a text": "x", "a list": [], "an object": {}, "null": None, "truth": True}
+WRONG: dict[str, dict[str, Any]] = {  # of an entry of 'inputs': its field, and what it is not
+    "datatype": NUMBERS | {"small": "fp32", "wide": "FP64", "BYTES": "BYTES", "a space": "FP32 ", "long": "F" * 10_000},
+    "shape": NUMBERS | {
+        "negative": [-1, 2], "-0.5": [-0.5, 2], "a float": [1.0, 2], "truth in it": [True, 2], "2^31": [1 << 31, 2],
+        "2^40": [1 << 40, 2], "2^63": [1 << 63, 2], "2^300": [1 << 300, 2], "texts": ["1", "2"], "nested": [[1], 2],
+        "a rank less": [2], "a rank more": [1, 2, 1], "no rows": [0, 2], "a thousand dims": [1] * 1000,
+    },
+    "data": NUMBERS | {
+        "one": [1], "many": [1] * 1000, "words": ["1", "2", "3"], "nulls": [None] * 3, "truths": [True] * 3,
+        "objects": [{}] * 3, "ragged": [[1], [1, 2]], "lists of nothing": [[], []], "deep": [[[[[[1]]]]]],
+        "mixed": [1, "2", None], "NaN": [float("nan")] * 3, "infinite": [float("inf")] * 3, "10^400": [10**400] * 3,
+    },
+    "name": {k: v for k, v in NUMBERS.items() if v != "x"} | {
+        "another": "z", "empty": "", "large": "X",
+        "a zero": "x\0", "long": "x" * 10_000,
+    },
+    "parameters": {k: v for k, v in NUMBERS.items() if v not in ({}, None)} | {
+        f"binary_data_size {size!r}": {"binary_data_size": size}
+        for size in (-1, 0, 7, 8, "8", 8.0, True, 1 << 70, [])
+    },
+}  # fmt: skip
+WHOLE: dict[str, dict[str, Any]] = {  # of the request
+    "inputs": NUMBERS | {"numbers": [1], "nulls": [None], "lists": [[]], "empty": [{}], "a thousand": [X] * 1000},
+    "outputs": {k: v for k, v in NUMBERS.items() if v not in ([], None)} | {
+        "numbers": [1], "lists": [[]], "nameless": [{}], "another": [{"name": "z"}], "an input": [{"name": "x"}],
+        "twice": [{"name": "y"}] * 2, "a list as name": [{"name": []}], "parameters": [{"name": "y", "parameters": 3}],
+    },
+    "id": {k: v for k, v in NUMBERS.items() if v not in ("x", None)} | {"long": "a" * 257},
+    "parameters": {k: v for k, v in NUMBERS.items() if v not in ({}, None)} | {
+        f"timeout {given!r}"[:40]: {"timeout": given} for given in (-1, 0.5, "1", True, [], {}, 1 << 60, 10**400)
+    },
+}  # fmt: skip
+
+
+def payloads() -> dict[str, tuple[bytes, str | None, str]]:
+    """Body, header and the word that the refusal says."""
+    found: dict[str, tuple[bytes, str | None, str]] = {}
+    entries = {"x": X, "ids": IDS}
+    for name, entry in entries.items():
+        for field, values in WRONG.items():
+            for kind, value in values.items():
+                given = entries | {name: {**entry, field: value}}
+                word = "'inputs' names" if field == "name" else "no number" if kind in ("NaN", "infinite") else name
+                found[f"{name}: {field}: {kind}"] = body(*given.values()), None, word
+    for field, values in WHOLE.items():
+        for kind, value in values.items():
+            word = {"parameters": "y", "timeout": "timeout"}.get(kind.partition(" ")[0], field)
+            found[f"{field}: {kind}"] = body(*entries.values(), **{field: value}), None, word
+    for token in (-1, 100, 1 << 30, -(1 << 31)):
+        found[f"token {token}"] = body(X, {**IDS, "data": [1, token, 2]}), None, "ids"
+    whole = body(X, IDS)
+    for cut in range(0, len(whole), 10):
+        found[f"cut at {cut}"] = whole[:cut], None, "no JSON"
+    raw = {"name": "x", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}
+    head = body(raw, IDS)
+    for there in (0, 1, 7, 9, 16):
+        found[f"{there} bytes in place of 8"] = head + bytes(there), str(len(head)), "x" if there < 8 else "bytes"
+    for nan in (b"\x00\x00\xc0\x7f" * 2, b"\x00\x00\x80\xff" * 2):
+        found[f"bytes of {np.frombuffer(nan, '<f4')[0]}"] = head + nan, str(len(head)), "x"
+    return found
+
+
+def test_two_hundred_payloads_from_a_table_are_refused_with_their_field() -> None:
+    answered, unnamed, given = [], [], payloads()
+    for case, (data, header, word) in given.items():
+        try:
+            SIGNATURE.check(read(data, header, SIGNATURE).arrays)
+            answered.append(case)
+        except (Refusal, ArgumentError, ShapeError, DtypeError) as error:  # all but the first are answered with 422
+            if getattr(error, "status", 422) not in (400, 422) or word not in str(error) or len(str(error)) > 400:
+                unnamed.append((case, str(error)))
+    assert not answered and not unnamed
+    assert len(given) >= 200
+    print(f"SV2: {len(given)} payloads refused")
+
+
+def test_numbers_that_are_not_finite_come_as_bytes_if_the_server_lets_them() -> None:
+    head = body({"name": "x", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}, IDS)
+    given = np.array([[np.nan, -np.inf]], np.float32)
+    found = read(head + given.tobytes(), str(len(head)), SIGNATURE, finite=False)
+    np.testing.assert_array_equal(found.arrays["x"], given)
