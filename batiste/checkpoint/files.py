@@ -128,7 +128,7 @@ def write_all(fs: Fs, file: int, data: memoryview) -> None:
         data = data[fs.write(file, data) :]
 
 
-def write_sealed(fs: Fs, path: Path, write: Callable[[int], None]) -> None:
+def write_sealed(fs: Fs, path: Path, write: Callable[[int], object]) -> None:
     """Writes a file so that at every moment `path` is the old file or the whole new one, also after a power loss.
 
     The content goes to a file beside it and to the medium; that takes the name; then the folder goes to the medium.

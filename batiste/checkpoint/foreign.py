@@ -57,8 +57,8 @@ class Foreign:
     def __exit__(self, *_: object) -> None:
         self._values = {}
 
-    def read(self, entry: Entry) -> Any:
-        """The value of an entry: a host array (of a random key: its bits), or a Python value."""
+    def read(self, entry: Entry, boxes: object = None) -> Any:
+        """The value of an entry: a host array (of a random key: its bits), or a Python value; whatever is wanted."""
         value = self._values[entry.name]
         return np.asarray(jax.random.key_data(value) if entry.impl else value) if entry.dtype else entry.scalar
 

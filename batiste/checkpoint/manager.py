@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from batiste.checkpoint.errors import CheckpointWarning, CorruptError, NotFoundError
+import jax
+
+from batiste.checkpoint.errors import CheckpointWarning, CorruptError, LockedError, NotFoundError
 from batiste.checkpoint.files import FolderLock, Fs, make_folders, remove_partial, typed
-from batiste.checkpoint.saving import FS, Saving, load, peek, save_async
-from batiste.checkpoint.sealed import Sealed
+from batiste.checkpoint.saving import FS, Saving, peek, reading, save_async
+from batiste.checkpoint.sealed import Sealed, beside
+from batiste.checkpoint.together import remove_beside, together
+from batiste.distributed import exchange
 from batiste.graph.errors import ArgumentError
 
 NAME = re.compile(r"(\d{10,18})\.ckpt")
@@ -32,6 +37,9 @@ class Manager:
 
     The newest `keep` are kept, the `best` one, and the last healthy one, which rotation never takes. The folder is
     locked from the first save until `close()` or the end of the process; reading needs no lock.
+
+    Programs of several processes make one in each, of the same folder, and save and restore in all of them: each writes
+    and reads what it holds, the first one keeps the folder, and all take the same step.
 
     Args:
         keep: how many of the newest steps stay; None for all.
@@ -55,6 +63,7 @@ class Manager:
         self._fs = fs
         self._lock: FolderLock | None = None
         self._saving: Saving | None = None
+        self._begun = False
         self._known: dict[int, tuple[bool, dict[str, float]]] = {}  # of each step: healthy, metrics
 
     def __enter__(self) -> Self:
@@ -71,6 +80,10 @@ class Manager:
         """The steps that have a file, in order."""
         names = self._fs.names(self.folder) if self.folder.is_dir() else ()
         return sorted(int(found[1]) for name in names if (found := NAME.fullmatch(name)))
+
+    def _steps_of_the_first(self) -> list[int]:
+        """The steps as process 0 sees them: another may look at a later time, or through another cache."""
+        return json.loads(exchange(f"steps in {self.folder}", json.dumps(self.steps()))[0])
 
     # ------------------------------------------------------------ saving
 
@@ -93,7 +106,7 @@ class Manager:
         if not force and step % self.every:
             return False
         self.wait()
-        self._take_lock()
+        self._begin()
         self._saving = save_async(self.path(step), tree, step=step, healthy=healthy, metrics=metrics, fs=self._fs)
         if wait:
             self.wait()
@@ -105,16 +118,26 @@ class Manager:
             saving, self._saving = self._saving, None
             saving.wait()
             self._known.pop(int(saving.path.stem), None)
-            self._rotate()
+            if jax.process_index() == 0:
+                self._remove_orphans(saving.path.name)
+                self._rotate()
 
     def close(self) -> None:
         """Waits, and gives the folder free."""
         try:
             self.wait()
         finally:
+            self._begun = False
             if self._lock is not None:
                 self._lock.release()
                 self._lock = None
+
+    def _begin(self) -> None:
+        """Before the first save: nobody writes until the first process has the folder."""
+        if not self._begun:
+            lead = jax.process_index() == 0
+            together(f"lock {self.folder}", self._take_lock if lead else lambda: None, LockedError)
+            self._begun = True
 
     def _take_lock(self) -> None:
         if self._lock is None:
@@ -135,7 +158,16 @@ class Manager:
             for step in steps:
                 if step not in kept:
                     self._fs.remove(self.path(step))
+                    remove_beside(self._fs, self.path(step))
                     self._known.pop(step, None)
+
+    def _remove_orphans(self, newest: str) -> None:
+        """Removes what processes wrote of steps that were never sealed; they may be at the step after `newest`."""
+        with typed(self.folder, "remove what a stopped save left"):
+            names = self._fs.names(self.folder)
+            for name in names:
+                if (of := beside(name)) and of <= newest and of not in names:
+                    self._fs.remove(self.folder / name)
 
     def _about(self, step: int) -> tuple[bool, dict[str, float]]:
         """Whether a step is healthy, and its metrics; a damaged one is not, and has none."""
@@ -168,14 +200,18 @@ class Manager:
             NotFoundError, CorruptError, MismatchError: as `load`; also a file that holds another step.
         """
         self.wait()
-        path = self.path(step)
-        if not path.exists():
-            raise NotFoundError("There is no such step", at=str(path), got=step, expected=self.steps())
-        with Sealed(self._fs, path) as found:
-            held = found.about.get("step")
-        if held != step:
-            raise CorruptError("The file holds another step", at=str(path), got=held, expected=step)
-        return load(path, into, fs=self._fs, **options)
+
+        def read() -> Callable[[], Any]:
+            path = self.path(step)
+            if not path.exists():
+                raise NotFoundError("There is no such step", at=str(path), got=step, expected=self.steps())
+            with Sealed(self._fs, path) as found:
+                held = found.about.get("step")
+            if held != step:
+                raise CorruptError("The file holds another step", at=str(path), got=held, expected=step)
+            return reading(path, into, fs=self._fs, **options)
+
+        return together(f"restore {self.folder}", read, CorruptError)()
 
     def restore_latest(self, into: Any = None, *, healthy: bool = False, **options: Any) -> Restored | None:
         """The newest step that is whole, or None in an empty folder. Damaged ones are passed over with a warning.
@@ -189,7 +225,7 @@ class Manager:
         """
         self.wait()
         skipped: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self._steps_of_the_first()):
             try:
                 if healthy and not self._about(step)[0]:
                     skipped[step] = "it is not healthy"

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from batiste.checkpoint import sealed
+from batiste.checkpoint import sealed, together
 from batiste.checkpoint.errors import NotFoundError
-from batiste.checkpoint.files import Fs, write_sealed
+from batiste.checkpoint.files import Fs
 from batiste.checkpoint.foreign import Foreign, is_sealed
 from batiste.checkpoint.leaves import SCALARS, Leaves, is_key_array, nested
 from batiste.checkpoint.match import Choice, Rename, described, impl_of, matched
@@ -42,6 +42,8 @@ def save(
 
     On return the file is on the medium; until then `path` is what it was before. The file remembers `step`, `metrics`
     and whether it is `healthy`: by default, whether no value is NaN or infinite (a single number may be infinite).
+    Of several processes all call this; each writes what it holds, to a file of its own beside `path`, and all return
+    when the whole is saved.
 
     Raises:
         SaveError: the operating system refused something; also of an earlier `save_async` that nobody waited for.
@@ -136,27 +138,25 @@ class Taken:
             self.value = jax.random.key_data(value)
         elif isinstance(value, jax.ShapeDtypeStruct):
             raise ArgumentError("This entry is a shape without values", at=name, got=described(value))
-        if isinstance(self.value, jax.Array):
-            if isinstance(self.value, Tracer):
-                raise ArgumentError(
-                    "A tracer cannot be saved", at=name, fix="return the state, and save it outside of jit"
-                )
-            if not self.value.is_fully_addressable:
-                raise ArgumentError(
-                    "This array has parts on other hosts", at=name, fix="gather it, or save it with orbax.checkpoint"
-                )
+        if isinstance(self.value, Tracer):
+            raise ArgumentError("A tracer cannot be saved", at=name, fix="return the state, and save it outside of jit")
         dtype = getattr(self.value, "dtype", None)
         if dtype is not None and np.dtype(dtype).name not in sealed.DTYPES:
             raise ArgumentError("A checkpoint cannot hold this dtype", at=name, got=dtype)
 
     def written(self) -> Written:
-        """Its content on the host: one box for each part that lies on a device of its own."""
+        """Its content on the host: one box for each part that lies on a device of its own.
+
+        Of several processes each has the boxes that it holds; what all hold is the first one's.
+        """
         x = self.value
         if self.now is not None:
             return self.now
         if isinstance(x, SCALARS) and not isinstance(x, np.generic):
             return Written(self.name, scalar=x)
-        if isinstance(x, jax.Array):
+        if jax.process_index() and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            boxes = ()
+        elif isinstance(x, jax.Array):
             boxes = tuple(_box(shard) for shard in x.addressable_shards if shard.replica_id == 0)
         else:
             boxes = (((0,) * np.ndim(x), np.asarray(x)),)
@@ -198,7 +198,7 @@ def _about(step: int | None, healthy: bool | None, metrics: Mapping[str, float] 
 
 
 def _write(fs: Fs, path: Path, leaves: list[Taken], about: dict[str, Any]) -> None:
-    write_sealed(fs, path, lambda file: sealed.write(fs, file, (leaf.written() for leaf in leaves), about))
+    together.write(fs, path, lambda: (leaf.written() for leaf in leaves), about)
 
 
 # ---------------------------------------------------------------- loading
@@ -225,14 +225,26 @@ def load(
         NotFoundError, CorruptError: there is no checkpoint, or it is damaged; nothing was written.
         MismatchError: entries do not fit; nothing was written, and the table shows all of them.
     """
-    with _opened(fs, Path(path), max_bytes) as source:
+    return reading(Path(path), into, rename=rename, ignore=ignore, partial=partial, cast=cast, max_bytes=max_bytes,
+                   fs=fs)()  # fmt: skip
+
+
+def reading(
+    path: Path, into: Any = None, *, rename: Rename = None, ignore: Choice = (), partial: Choice = False,
+    cast: Choice = False, max_bytes: int | None = None, fs: Fs = FS,
+) -> Callable[[], Any]:  # fmt: skip
+    """What reads a checkpoint and checks it whole; the function that it returns puts the values in `into`.
+
+    With objects in `into`, a fault in the last entry, or in another process, must find the first one unwritten.
+    """
+    with _opened(fs, path, max_bytes) as source:
         if into is None:
-            return nested({name: _free(source.read(entry), entry) for name, entry in source.entries.items()})
+            free = {name: _free(source.read(entry), entry) for name, entry in source.entries.items()}
+            return lambda: nested(free)
         leaves = Leaves(into)
         fits = matched(source.entries, leaves.values, path, rename, ignore, partial, cast)
-        # with objects in `into`, a fault in the last entry must find the first one unwritten: all is read beforehand
-        new = {name: placed(source.read(entry), entry, leaves.values[name]) for name, entry in fits.items()}
-    return leaves.restored({**leaves.values, **new})
+        new = {name: _from(source, entry, leaves.values[name]) for name, entry in fits.items()}
+    return lambda: leaves.restored({**leaves.values, **new})
 
 
 def verify(path: str | os.PathLike[str], fs: Fs = FS) -> dict[str, Any]:
@@ -260,6 +272,19 @@ def _opened(fs: Fs, path: Path, max_bytes: int | None) -> Sealed | Foreign:
 
 def _free(value: Any, entry: Entry) -> Any:
     return jax.random.wrap_key_data(jnp.asarray(value), impl=entry.impl) if entry.impl else value
+
+
+def _from(source: Sealed | Foreign, entry: Entry, like: Any) -> Any:
+    """An entry where its counterpart lies; of an array that spans processes only what this one holds is read."""
+    sharding = getattr(like, "sharding", None)
+    if sharding is None or sharding.is_fully_addressable or entry.dtype is None:
+        return placed(source.read(entry), entry, like)
+    cuts = list(sharding.addressable_devices_indices_map(like.shape).values())
+    value = source.read(entry, cuts)
+    if entry.impl is not None:  # bits have one dim more, which no mesh divides
+        bits = jax.make_array_from_callback(value.shape, sharding, lambda cut: value[cut])
+        return jax.random.wrap_key_data(bits, impl=entry.impl)
+    return jax.make_array_from_callback(like.shape, sharding, lambda cut: np.asarray(value[cut], like.dtype))
 
 
 def placed(value: Any, entry: Entry, like: Any) -> Any:

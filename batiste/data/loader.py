@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from batiste.distributed import process_slice
 from batiste.graph.errors import ArgumentError, ShapeError
+from batiste.sharding import Plan, current_plan
 
 from .errors import PositionError
 from .feed import Feed, Position, integers
@@ -42,6 +44,8 @@ class Loader:
         slow: seconds after which a record that the program waits for is named in a warning.
         timeout: seconds that a worker may take for one record.
         process_index, process_count: this process among those that train together; JAX's own unless given.
+        plan: with several processes, the one by which they share the rows; that in use when an iteration begins, unless
+            given. Processes that hold the same rows, as under tensor parallelism across hosts, read the same ones.
 
     >>> loader = Loader({"x": np.arange(5)}, batch=2, shuffle=False)
     >>> [batch["x"].tolist() for batch in loader]
@@ -64,6 +68,7 @@ class Loader:
         timeout: float = 30.0,
         process_index: int | None = None,
         process_count: int | None = None,
+        plan: Plan | None = None,
     ):
         source, size, columns = prepared(source)
         if columns and record is not None:
@@ -73,7 +78,7 @@ class Loader:
         self.order = Order(size, batch, shuffle, seed, last)
         self.reader = Reader(source, columns, seed, record, transform, weight if last == "pad" else None)
         self.workers, self.slow, self.timeout = workers, slow, timeout
-        self._process = (process_index, process_count)
+        self._process, self._plan = (process_index, process_count), plan
         self._begin = (0, 0)  # epoch and step of the next iteration
         self._current: Callable[[], LoaderFeed | None] = lambda: None
         self.idle: list[Workers] = []
@@ -131,9 +136,15 @@ class Loader:
     def share(self) -> tuple[int, int]:
         """Index and count of the processes that share each batch."""
         order = self.order
-        return share_of_process(
-            order.batch, order.last, *self._process, lambda: (jax.process_index(), jax.process_count())
-        )
+        return share_of_process(order.batch, order.last, *self._process, self._found)
+
+    def _found(self) -> tuple[int, int]:
+        """What JAX and the plan say of the share of this process."""
+        plan, batch = self._plan or current_plan(), self.order.batch
+        if plan is None or jax.process_count() == 1:
+            return jax.process_index(), jax.process_count()
+        rows = process_slice(batch, plan)
+        return rows.start // (rows.stop - rows.start), batch // (rows.stop - rows.start)
 
 
 class LoaderFeed(Feed[Any]):

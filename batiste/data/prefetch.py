@@ -13,10 +13,11 @@ from typing import Any, overload
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Sharding
 
+from batiste.distributed import global_batch
 from batiste.graph.errors import ArgumentError
-from batiste.sharding import Plan
+from batiste.sharding import Plan, current_plan
 
 from .errors import DataTimeout, SlowDataWarning
 from .feed import Feed, Position, feed
@@ -47,7 +48,8 @@ def prefetch(
         source: a feed, or what `feed` makes one of. Of a Loader it makes what can be iterated epoch by epoch, as it.
         n: batches that are ready or on their way; 0 puts each on the devices when it is asked for, without a thread.
         place: where the arrays go: a Plan (shared as its batches are), a Sharding, a function of a batch, or, if
-            None, JAX's default device. With several processes each passes its own rows.
+            None, JAX's default device. With several processes each passes its own rows (as a Loader does), which
+            become one batch over all of them, by the plan in use unless one is given.
         slow: seconds without a batch after which a warning says so.
         timeout: seconds without a batch after which a DataTimeout is raised.
 
@@ -67,17 +69,19 @@ def placing(place: Place) -> Callable[[Any], Any]:
     """The function that puts a batch where `place` says. Leaves that are no numbers, such as texts, stay."""
     if callable(place) and not isinstance(place, Plan | Sharding):
         return place
+    if place is None and jax.process_count() > 1:
+        place = current_plan()
+    if isinstance(place, Plan):
+        plan, alone = place, jax.process_count() == 1
+        return lambda batch: plan.shard_batch(batch) if alone else global_batch(batch, plan)
 
     def put(x: Any) -> Any:
         if not (isinstance(x, jax.Array) or np.asarray(x).dtype.kind not in "OUSMm"):
             return x
-        sharding = NamedSharding(place.mesh, place.batch_spec(np.ndim(x))) if isinstance(place, Plan) else place
-        if sharding is not None and jax.process_count() > 1:
-            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
-        return jax.device_put(x, sharding)
+        if place is not None and jax.process_count() > 1:
+            return jax.make_array_from_process_local_data(place, np.asarray(x))
+        return jax.device_put(x, place)
 
-    if isinstance(place, Plan) and jax.process_count() == 1:
-        return lambda batch: place.shard_batch(batch)
     return lambda batch: jax.tree.map(put, batch)
 
 

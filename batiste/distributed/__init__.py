@@ -12,9 +12,21 @@
 
 from __future__ import annotations
 
-from .batches import global_batch, process_slice
+from .batches import everywhere, global_batch, process_slice
 from .environment import World
+from .exchange import exchange
 from .launch import launch
 from .runtime import BarrierTimeout, barrier, initialize, world
 
-__all__ = ["BarrierTimeout", "World", "barrier", "global_batch", "initialize", "launch", "process_slice", "world"]
+__all__ = [
+    "BarrierTimeout",
+    "World",
+    "barrier",
+    "everywhere",
+    "exchange",
+    "global_batch",
+    "initialize",
+    "launch",
+    "process_slice",
+    "world",
+]

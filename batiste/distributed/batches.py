@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.sharding import Plan, current_plan
 
-__all__ = ["global_batch", "process_slice"]
+__all__ = ["everywhere", "global_batch", "process_slice"]
 
 A = TypeVar("A")
 
@@ -70,14 +70,31 @@ def global_batch(local: A, plan: Plan | None = None) -> A:
     parts = _parts(plan)
     own = len({index[0].indices(parts)[:2] for index in _rows(plan, parts).values()})
 
-    def one(x: Any) -> jax.Array:
+    def one(x: Any) -> Any:
         x = np.asarray(x)
+        if x.dtype.kind in "OUSMm":
+            return x  # texts stay with the process that read them
         if x.ndim and x.shape[0] % own:
             raise _indivisible(x.shape[0], own, "parts on this process's devices")
         shape = (x.shape[0] // own * parts, *x.shape[1:]) if x.ndim else ()
         return jax.make_array_from_process_local_data(NamedSharding(plan.mesh, plan.batch_spec(x.ndim)), x, shape)
 
     return jax.tree.map(one, local)
+
+
+def everywhere(batch: A, plan: Plan | None = None) -> A:
+    """The batch as one over all processes: what this process has read, unless it is that already or runs alone.
+
+    >>> everywhere({"x": 1})
+    {'x': 1}
+
+    Raises:
+        ArgumentError, ShapeError: as `global_batch`.
+    """
+    if jax.process_count() == 1:
+        return batch
+    spans = [isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(batch)]
+    return batch if any(spans) else global_batch(batch, plan)
 
 
 def _parts(plan: Plan) -> int:

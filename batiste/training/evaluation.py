@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from batiste.distributed import everywhere
 from batiste.graph import Module
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.graph.split import clone
@@ -147,7 +148,8 @@ def evaluate(
     """Figures of a model over all examples of `data`, each counted once.
 
     A module is evaluated as a view in evaluation mode that shares its Variables; it is not changed. A last batch that
-    is smaller is filled up for the sake of one compiled program, and what was filled in is not counted.
+    is smaller is filled up for the sake of one compiled program, and what was filled in is not counted. Of several
+    processes each reads its own rows, as many as the others (`Loader(last="pad")`), and all have the whole report.
 
     Args:
         data: batches: pairs (inputs, labels), or whatever `predict` and `labels` take.
@@ -179,13 +181,15 @@ def evaluate(
     for batch in data:
         n = examples_of(batch)
         size = max(size, n)
-        rows = measure(view, batch if n == size else filled(batch, size - n))
+        batch = batch if n == size else filled(batch, size - n)
+        rows = measure(view, everywhere(batch))
         weighted = weight or (_own_weight if _has_weight(batch) else None)
-        counted = slice(n) if weighted is None else np.flatnonzero(np.asarray(weighted(batch))[:n])
+        weights = _of_all(weighted(batch) if weighted else np.ones(size, np.int8), batch)
+        counted = np.flatnonzero(np.where(_of_all(np.arange(size) < n, batch), weights, 0))
         for name, each in rows.items():
             found[name].append(tuple(_on_host(r)[counted] for r in each))
         for name, group in (slices or {}).items():
-            groups[name].append(np.asarray(group(batch))[counted])
+            groups[name].append(_of_all(group(batch), batch)[counted])
     if not size:
         raise ArgumentError("nothing to evaluate on", got="no batches", fix="pass data with at least one batch; an "
                             "iterator can be read only once")  # fmt: skip
@@ -277,9 +281,15 @@ def _is_list_of_text(x: Any) -> bool:
 def _on_host(x: Any) -> np.ndarray:
     """All of an array, also where its parts live on other hosts."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        everywhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore[attr-defined]
-        x = jax.jit(lambda x: x, out_shardings=everywhere)(x)
+        whole = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore[attr-defined]
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
     return np.asarray(x)
+
+
+def _of_all(rows: Any, batch: Any) -> np.ndarray:
+    """What all processes have for the rows of their batches, of what this one has for its own."""
+    whole = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(batch))
+    return _on_host(rows if whole else everywhere(np.asarray(rows)))
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:

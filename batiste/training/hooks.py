@@ -29,7 +29,12 @@ class Hook:
     """Does nothing, at every occasion; subclasses do something at some.
 
     What a hook needs to go on after an interruption it gives as `state()`, of which JSON can be made.
+
+    Attributes:
+        once: of several processes only the first one calls it: what writes to files and terminals.
     """
+
+    once = False
 
     def start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was read."""
@@ -148,6 +153,8 @@ class StopEarly(Hook):
 
 class Progress(Hook):
     """A progress bar where there is a terminal, and a line every `seconds` where there is none."""
+
+    once = True
 
     def __init__(self, *, seconds: float = 10.0, file: TextIO | None = None):
         self.seconds, self.file = seconds, file

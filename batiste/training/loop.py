@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import threading
@@ -22,7 +23,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import jax
+from jax.experimental import multihost_utils
 
+from batiste.distributed import everywhere
 from batiste.graph.errors import ArgumentError, BatisteError, CallError
 
 from .clock import Clock
@@ -179,12 +182,16 @@ class Run:
         """Tells all hooks some numbers."""
         at = self.step if step is None else step
         self.history.append({"step": at, **values})
-        for hook in self.hooks:
+        for hook in self._here():
             if hasattr(hook, "record"):
                 hook.record(self, at, values)
 
+    def _here(self) -> list[Any]:
+        """The hooks that this process calls."""
+        return [hook for hook in self.hooks if not (getattr(hook, "once", False) and jax.process_index())]
+
     def call(self, occasion: str) -> None:
-        for hook in self.hooks:
+        for hook in self._here():
             if (method := getattr(hook, occasion, None)) is not None:
                 method(self)
 
@@ -277,6 +284,9 @@ def fit(
 ) -> Run:
     """Takes steps until it is enough. Where `checkpoints` has some, the run goes on from the newest one.
 
+    Programs of several processes call it in each, under one plan, with data of which each reads its own rows (a Loader
+    does): the batches become one over all of them, and a signal to any stops all after the same step.
+
     Args:
         step: `step(*state, batch) -> metrics` of live objects, such as one made by `train_step`; or
             `step(state, batch) -> (state, metrics)` where the state is not a tuple. Metrics are a dict of scalars.
@@ -324,6 +334,8 @@ def fit(
         run.call("start")
         while not (received or run.reason):
             run.reason = until.reached(run) or _advance(run)
+            if _all_are_to_stop(run.step):
+                received.append(signal.SIGTERM)
         if not received:
             run.catch_up()
             run.call("finish")
@@ -339,6 +351,7 @@ def _advance(run: Run) -> str:
     """One step, or the end of an epoch; the reason to stop, if there is one."""
     with run.clock("input"):
         batch = run.feed.draw()
+        batch = batch if batch is END else everywhere(batch)
     if batch is END:
         run.call("epoch")
         return run.reason or ("end of the data" if run.feed.once else "")
@@ -377,6 +390,10 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may have handlers
         return
+    if jax.process_count() > 1:
+        with _passed_to_all():
+            yield received
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def receive(number: int, frame: Any) -> None:
@@ -391,6 +408,21 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _passed_to_all() -> Iterator[None]:
+    """A SIGINT as a SIGTERM, which JAX tells the other processes, and after which step all stop."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _all_are_to_stop(step: int) -> bool:
+    """Whether this is the step after which all processes stop, since one of them got a signal."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def _is_there(metrics: Any) -> bool:

@@ -28,6 +28,8 @@ class JsonLines(Hook):
     the end that of an uninterrupted one, byte for byte.
     """
 
+    once = True
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._file: Any = None
@@ -83,6 +85,8 @@ class TensorBoard(Hook):
         writer: or another object with `scalar(tag, value, step)` and `flush()`.
     """
 
+    once = True
+
     def __init__(self, writer: ScalarWriter):
         self.writer = writer
 
@@ -99,6 +103,8 @@ class Curves(Hook):
 
     Put it after a `JsonLines`, which also knows what came before an interruption.
     """
+
+    once = True
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
