@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from batiste.graph import (
     State,
     Variable,
     from_flat_state,
+    iter_graph,
     merge,
     split,
     state,
@@ -30,6 +32,7 @@ from batiste.graph import (
 )
 from batiste.graph.errors import ArgumentError
 from batiste.graph.flatten import is_graph_node
+from batiste.nn import SpectralNorm, WeightNorm
 
 from .errors import ExportError
 
@@ -38,12 +41,16 @@ EVAL = "call model.eval() first; or if each call may begin with the same state, 
 
 
 class Pure(NamedTuple):
-    """A function of weights and inputs to outputs; the weights, types of the parts, names of random weights."""
+    """A function of weights and inputs to outputs; the weights, types of the parts, names of random weights.
+
+    Weights that are kept are outputs too, under the same names.
+    """
 
     run: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     weights: dict[str, Any]
     parts: frozenset[type] = frozenset()
     random: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
 
     def only(self, names: Sequence[str]) -> Pure:
         """With those weights as its argument; the others, which the outputs do not depend on, stay behind."""
@@ -64,13 +71,14 @@ def method_of(model: Any, method: str | None) -> str | None:
 
 def pure(
     model: Any, weights: Any, names: Sequence[str], *, method: str | None, fixed: Mapping[str, Any],
-    outputs: Sequence[str] | None, forget: Sequence[str] = (),
+    outputs: Sequence[str] | None, forget: Sequence[str] = (), keep: Sequence[str] = (),
 ) -> Pure:  # fmt: skip
     """The function of a live object, of a Linen module with variables, or of a function with a tree of weights.
 
     Args:
         names: of the inputs, in order.
         forget: patterns of state that the call may write in vain.
+        keep: patterns of state that an object's call gives back as it leaves it.
 
     Raises:
         ArgumentError: the model is none of them.
@@ -83,16 +91,28 @@ def pure(
         if weights is not None:
             raise ArgumentError("An object holds its weights itself", got="weights=", fix="leave weights out")
         call = Call(getattr(model, method or "__call__"), names, fixed)
-        found = _of_object(model, lambda live, inputs: call(getattr(live, method or "__call__"), inputs), forget)
+        found = _of_object(model, lambda live, inputs: call(getattr(live, method or "__call__"), inputs), forget, keep)
     elif not callable(model):
         raise ArgumentError("This is no model", got=type(model).__name__,
                             expected="a module, a Linen module with weights=, or a function")  # fmt: skip
     elif _is_object(weights):
         call = Call(model, names, fixed)
-        found = _of_object(weights, lambda live, inputs: call(model, inputs, live), forget)
+        found = _of_object(weights, lambda live, inputs: call(model, inputs, live), forget, keep)
     else:
         found = _of_function(model, weights, Call(model, names, fixed))
-    return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
+    if not found.kept:
+        if keep:
+            raise ArgumentError("There is no such state to keep", got=", ".join(keep), expected="paths in an object")
+        return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
+
+    def run(weights: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+        output, after = found.run(weights, inputs)
+        output = named(output, outputs)
+        if both := sorted(set(output) & set(after)):
+            raise ArgumentError("An output has the name of state", got=", ".join(both), fix="name it: outputs=[…]")
+        return {**output, **dict(after)}
+
+    return found._replace(run=run)
 
 
 def _is_object(x: Any) -> bool:
@@ -118,11 +138,15 @@ class Call:
         return function(*first, **inputs, **self.fixed, **more)
 
 
-def _of_object(model: Any, call: Callable[[Any, dict[str, Any]], Any], forget: Sequence[str]) -> Pure:
+def _of_object(
+    model: Any, call: Callable[[Any, dict[str, Any]], Any], forget: Sequence[str], keep: Sequence[str] = ()
+) -> Pure:
     graph, values = split(model)
     flat: list[tuple[Any, Any]] = list(to_flat_state(values))
     weights, rebuild = named_leaves({_joined(path): _value(leaf) for path, leaf in flat})
     random = {_joined(path) for path, leaf in flat if isinstance(leaf, RngState)}
+    kept = frozenset(name for name in weights if _fits(name, keep))
+    forget = [*forget, *keep, *_projected(model)]
 
     def run(weights: dict[str, Any], inputs: dict[str, Any]) -> Any:
         new = rebuild(weights)
@@ -133,9 +157,26 @@ def _of_object(model: Any, call: Callable[[Any, dict[str, Any]], Any], forget: S
         live = merge(graph, from_flat_state(pairs))
         output = call(live, inputs)
         _refuse_writes(new, live, forget)
-        return output
+        if not kept:
+            return output
+        after: Any = state(live)
+        values = {_joined(path): _value(leaf) for path, leaf in to_flat_state(after)}
+        return output, {name: values[name] for name in sorted(kept)}
 
-    return Pure(run, weights, frozenset(part_types(model)), frozenset(random))
+    return Pure(run, weights, frozenset(part_types(model)), frozenset(random), kept)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _projected(model: Any) -> list[str]:
+    """Patterns of weights that a call replaces, and that a second call would leave as they then are."""
+    found = []
+    for path, part in iter_graph(model):
+        if isinstance(part, (SpectralNorm, WeightNorm)):
+            found.append(_joined((*map(glob.escape, map(str, path)), "layer_instance", "*")))
+    return found
 
 
 def _joined(path: Sequence[Any]) -> str:
@@ -155,7 +196,7 @@ def _refuse_writes(before: Mapping[str, Any], live: Any, forget: Sequence[str]) 
     written = {}
     for path, leaf in to_flat_state(after):
         name = _joined(path)
-        if isinstance(leaf, HARMLESS) or any(fnmatch.fnmatchcase(name, pattern) for pattern in forget):
+        if isinstance(leaf, HARMLESS) or _fits(name, forget):
             continue
         old, new = (jax.tree.leaves(tree) for tree in (before.get(name), _value(leaf)))
         if len(old) != len(new) or any(a is not b for a, b in zip(old, new)):

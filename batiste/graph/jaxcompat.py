@@ -30,7 +30,12 @@ Tracer = jax.core.Tracer  # type: ignore[attr-defined]
 
 def inputs_used(jaxpr) -> list[bool]:
     """Of each input of a jaxpr, whether its outputs or effects depend on it; loops and calls are looked into."""
-    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+    return without_idle(jaxpr)[1]
+
+
+def without_idle(jaxpr):
+    """A jaxpr without what its outputs do not depend on, and of each input whether it is left."""
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
 def is_ref(x) -> bool:

@@ -18,13 +18,14 @@ SAME = {
     "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh", "abs": "Abs",
     "sign": "Sign", "floor": "Floor", "ceil": "Ceil", "erf": "Erf", "pow": "Pow", "max": "Max", "min": "Min",
     "stop_gradient": "Identity", "copy": "Identity", "copy_p": "Identity", "name": "Identity",
-    "sharding_constraint": "Identity", "optimization_barrier": "Identity", "reduce_precision": "Identity",
+    "sharding_constraint": "Identity", "optimization_barrier": "Identity",
 }  # fmt: skip
 COMPARED = {"eq": "Equal", "lt": "Less", "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual"}
 LOGIC = {"and": "And", "or": "Or", "xor": "Xor"}
 BITS = {"and": "BitwiseAnd", "or": "BitwiseOr", "xor": "BitwiseXor"}
 REDUCED = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin", "reduce_prod": "ReduceProd",
            "reduce_or": "ReduceMax", "reduce_and": "ReduceMin"}  # fmt: skip
+SHIFTED = {"shift_left": "LEFT", "shift_right_logical": "RIGHT"}
 NARROW = (np.dtype(bool), np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.uint16))
 
 
@@ -38,6 +39,8 @@ def same(graph: Graph, eqn: Any, *inputs: str) -> Any:
     if dtype in NARROW:  # runtimes compute with 32 bits
         wide = graph.op(kind, *(graph.cast(x, np.int32) for x in inputs))
         return graph.cast(wide, dtype)
+    if dtype == np.uint32:  # and with no such ones; a cast keeps the last 32 bits
+        return graph.cast(graph.op(kind, *(graph.cast(x, np.int64) for x in inputs)), dtype)
     if kind == "Pow" and not jnp.issubdtype(eqn.invars[1].aval.dtype, jnp.inexact):
         inputs = (inputs[0], graph.cast(inputs[1], dtype))
     return graph.op(kind, *inputs)
@@ -48,6 +51,8 @@ def compared(graph: Graph, eqn: Any, x: str, y: str) -> str:
     dtype, name = lying(eqn.invars[0].aval.dtype), eqn.primitive.name
     if dtype in NARROW and (dtype != BOOL or name not in ("eq", "ne")):
         x, y = graph.cast(x, np.int32), graph.cast(y, np.int32)
+    if dtype == np.uint32:
+        x, y = graph.cast(x, np.int64), graph.cast(y, np.int64)
     return graph.op("Not", graph.op("Equal", x, y)) if name == "ne" else graph.op(COMPARED[name], x, y)
 
 
@@ -59,6 +64,22 @@ def logic(graph: Graph, eqn: Any, x: str, y: str) -> str:
 @rule("not")
 def negated(graph: Graph, eqn: Any, x: str) -> str:
     return graph.op("Not" if dtypes(eqn)[0] == BOOL else "BitwiseNot", x)
+
+
+@rule(*SHIFTED, "shift_right_arithmetic")
+def shifted(graph: Graph, eqn: Any, x: str, by: str) -> str:
+    """Of words: a signed number is its word, and by 32 or more there is nothing left."""
+    name, dtype = eqn.primitive.name, dtypes(eqn)[0]
+    if dtype.itemsize != 4:
+        raise ExportError("ONNX shifts words of 32 bits", got=dtype, fix="use int32 or uint32")
+    if name == "shift_right_arithmetic" and dtype == np.int32:
+        wide, by = graph.cast(x, np.float64), graph.cast(by, np.float64)  # exact, and rounds down
+        return graph.cast(graph.op("Floor", graph.op("Div", wide, graph.op("Pow", graph.const(2.0), by))), dtype)
+    word, by = (graph.cast(v, np.uint32) if dtype != np.uint32 else v for v in (x, by))
+    moved = graph.op("BitShift", word, by, direction=SHIFTED.get(name, "RIGHT"))
+    outside = graph.op("GreaterOrEqual", graph.cast(by, np.int64), graph.const(np.int64(32)))
+    found = graph.op("Where", outside, graph.const(np.int64(0)), graph.cast(moved, np.int64))
+    return graph.cast(found, dtype)
 
 
 @rule("convert_element_type")

@@ -2,7 +2,7 @@
 """An ONNX graph while it is made: nodes, constants, and shapes whose sizes are known only when it runs.
 
 A value of JAX is the name of a tensor. What ONNX runtimes do not compute with lies in another dtype: bfloat16 as
-float32, rounded after each operation; whole numbers of 4 bits as such of 8.
+float32, rounded after each operation; whole numbers of 4 bits as such of 8; a random key as its two words.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def lying(dtype: Any) -> np.dtype:
     """The dtype that a value of JAX has in the graph."""
-    name = np.dtype(dtype).name if not jnp.issubdtype(dtype, jax.dtypes.extended) else str(dtype)
-    return np.dtype(LYING.get(name, dtype))
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return np.dtype(np.uint32)
+    return np.dtype(LYING.get(np.dtype(dtype).name, dtype))
 
 
 class Graph:
@@ -93,7 +94,7 @@ class Graph:
 
     def info(self, name: str, aval: Any) -> Any:
         """The description of an input or output."""
-        dims = [n if isinstance(n, int) else str(n) for n in aval.shape]
+        dims = [n if isinstance(n, int) else str(n) for n in drawn(aval)]
         return self.helper.make_tensor_value_info(name, self.type(aval.dtype), dims)
 
     # ---------------------------------------------------------------- shapes
@@ -145,6 +146,11 @@ class Graph:
         return self.op("Slice", x, self.dim(start), self.dim(stop), self.ints(axis), self.ints(step))
 
     # ---------------------------------------------------------------- programs
+
+    def traced(self, function: Callable[..., Any], avals: Sequence[Any], inputs: Sequence[str]) -> list[str]:
+        """The outputs of a function of JAX, whose program is translated."""
+        closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals))
+        return self.run(closed.jaxpr, [self.const(np.asarray(x)) for x in closed.consts], inputs)
 
     def run(self, jaxpr: Any, consts: Sequence[str], inputs: Sequence[str], around: Around | None = None) -> list[str]:
         """Translates the equations of a jaxpr; the names of its outputs."""
@@ -207,6 +213,11 @@ def live(jaxpr: Any) -> list[Any]:
             found.append(eqn)
             wanted.update(v for v in eqn.invars if isinstance(v, jex.Var))
     return found[::-1]
+
+
+def drawn(aval: Any) -> tuple[Any, ...]:
+    """The shape that a value has in the graph."""
+    return (*aval.shape, 2) if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key) else tuple(aval.shape)
 
 
 def dtypes(eqn: Any) -> tuple[np.dtype, np.dtype]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import string
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,18 +114,33 @@ def scan(graph: Graph, eqn: Any, *inputs: str) -> list[str]:
 @rule("cond")
 def cond(graph: Graph, eqn: Any, which: str, *inputs: str) -> list[str]:
     """If: the branches see their inputs as tensors of the graph around them."""
-    branches = eqn.params["branches"]
-    if len(branches) != 2:
-        raise ExportError("ONNX has branches of two", got=f"{len(branches)} branches", fix="nest jax.lax.cond")
-    truth = which if dtypes(eqn)[0] == BOOL else graph.cast(which, bool)
+    branches = [partial(translated, closed, inputs) for closed in eqn.params["branches"]]
+    if dtypes(eqn)[0] == BOOL:
+        return chosen(graph, eqn, which, branches[1], branches[0])
+    return numbered(graph, eqn, which, branches, 0)
+
+
+def translated(closed: Any, inputs: Any, graph: Graph) -> list[str]:
+    return graph.run(closed.jaxpr, [graph.const(np.asarray(x)) for x in closed.consts], inputs)
+
+
+def numbered(graph: Graph, eqn: Any, which: str, branches: list[Any], n: int) -> list[str]:
+    """The branch number `which`, of those from `n` on; a number outside counts as the next one inside."""
+    if len(branches) == 1:
+        return branches[0](graph)
+    first = graph.op("LessOrEqual", which, graph.const(np.asarray(n, dtypes(eqn)[0])))
+    return chosen(graph, eqn, first, branches[0], lambda body: numbered(body, eqn, which, branches[1:], n + 1))
+
+
+def chosen(graph: Graph, eqn: Any, truth: str, *branches: Any) -> list[str]:
+    """What the first branch gives, or else the second; each is translated in a graph of its own."""
     made = []
     for branch in branches:
         body = Graph(graph.places, graph)
-        found = body.run(branch.jaxpr, [graph.const(np.asarray(x)) for x in branch.consts], inputs)
-        results = [body.op("Identity", name) for name in found]
-        outputs = [body.info(name, v.aval) for name, v in zip(results, branch.jaxpr.outvars)]
+        results = [body.op("Identity", name) for name in branch(body)]
+        outputs = [body.info(name, v.aval) for name, v in zip(results, eqn.outvars)]
         made.append(graph.helper.make_graph(body.nodes, body.name("branch"), [], outputs))
-    found = graph.op("If", truth, outputs=len(eqn.outvars), else_branch=made[0], then_branch=made[1])
+    found = graph.op("If", truth, outputs=len(eqn.outvars), then_branch=made[0], else_branch=made[1])
     return [found] if isinstance(found, str) else found
 
 

@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import ExportError
-from .graph import BOOL, Graph, dtypes, lying, rule
+from .graph import BOOL, Graph, drawn, dtypes, lying, rule
+from .scattered import gathered
 
 END = np.iinfo(np.int64).max
 
 
 @rule("reshape")
 def reshape(graph: Graph, eqn: Any, x: str) -> str:
-    return graph.reshape(x, eqn.params["new_sizes"])
+    return graph.reshape(x, drawn(eqn.outvars[0].aval))
 
 
 @rule("squeeze", "expand_dims")
 def squeeze(graph: Graph, eqn: Any, x: str) -> str:
-    return graph.reshape(x, eqn.outvars[0].aval.shape)
+    return graph.reshape(x, drawn(eqn.outvars[0].aval))
 
 
 @rule("transpose")
@@ -186,8 +186,8 @@ def gather(graph: Graph, eqn: Any, x: str, indices: str) -> str:
     rest = [i for i in range(operand.ndim) if i not in looked and i not in batching]
     whole = all(sizes[i] == operand.shape[i] for i in rest)
     if not whole or any(sizes[i] != 1 for i in looked) or not set(dims.collapsed_slice_dims) <= set(looked):
-        raise ExportError("ONNX looks up whole slices only", got=f"slices {tuple(sizes)} of {operand.shape}",
-                          fix="index with whole dims, or use jax.lax.dynamic_slice")  # fmt: skip
+        filler = _filler(eqn.outvars[0].aval) if mode == jax.lax.GatherScatterMode.FILL_OR_DROP else None
+        return gathered(graph, eqn, x, indices, filler)
     indices = graph.cast(indices, np.int64) if where.dtype != np.int64 else indices
     limits = graph.op("Sub", graph.shape([operand.shape[i] for i in looked]), graph.ints(1))
     inside = None
