@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server for the tests, in a process of its own: `python stub.py PORT [SECONDS [process]]`.
+"""A server for the tests, in a process of its own: `python stub.py PORT [SECONDS [process]]`; SIGHUP reloads.
 
 Its model doubles rows of four numbers, and takes SECONDS for a batch of at most four. A row that begins with 666 makes
 it raise, with 777 it answers NaN, with 888 it hangs; with one of FATAL it ends the process that it runs in.
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def model(seconds: float = 0.0) -> Servable:
 if __name__ == "__main__":
     logging.basicConfig(level="WARNING")
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
-    apart = "process" in sys.argv[3:]
-    served = Servable.in_process("stub:model", seconds=seconds) if apart else model(seconds)
-    made = Server([served], waiting=16, timeout=1.0, patience=5.0, idle=2.0)
+    here, apart = partial(model, seconds), partial(Servable.in_process, "stub:model", seconds=seconds)
+    chosen, timeout = (apart, 20.0) if sys.argv[3:] else (here, 1.0)
+    made = Server([chosen], timeout=timeout, waiting=16, patience=5.0, idle=2.0)
     sys.exit(serve(made, port=int(sys.argv[1]), grace=10.0, idle=2.0))

@@ -205,24 +205,6 @@ def test_an_engine_that_dies_again_and_again_is_started_ever_more_rarely(monkeyp
         apart.run({})
 
 
-def test_a_server_outlives_its_engine_and_takes_it_along_in_the_end(server: Running) -> None:
-    assert server.infer([[1.0] * 4])[0] == 200
-    (engine,) = map(int, children(server))
-    os.kill(engine, signal.SIGKILL)
-    until, states = time.monotonic() + 20, []
-    while states[-2:] != [503, 200]:  # it is told, and then it is over
-        states.append(server.get("/readyz"))
-        assert server.get("/livez") == 200 and time.monotonic() < until
-    assert server.infer([[1.0] * 4])[0] == 200
-    figures = server.ask("GET", "/metrics")[2].decode()
-    assert 'batiste_engine_deaths_total{model="double",why="SIGKILL"} 1.0' in figures
-    assert 'batiste_engine_up{model="double"} 1.0' in figures
-    (engine,) = map(int, children(server))
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(15) == 0
-    assert is_gone(engine)
-
-
 def test_an_engine_that_computes_for_ever_ends_with_its_server(server: Running) -> None:
     (engine,) = map(int, children(server))
     threading.Thread(target=lambda: server.raw(request(HANG)), daemon=True).start()

@@ -73,6 +73,56 @@ def test_hostile_bytes_are_refused_at_once(quick: Running, case: str) -> None:
     assert quick.infer([[1.0] * 4])[0] == 200
 
 
+def fields(*lines: str, body: bytes = b"", path: str = "/v2/models/double/infer") -> bytes:
+    """A request with these lines in its head."""
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", *lines, "", ""]).encode("latin-1") + body
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode("latin-1")
+
+
+SMUGGLED = b"0\r\n\r\n" + get("/livez")  # a second request, if the first is believed to end before it
+LENGTHS = ["2\r\nContent-Length: 2", "2, 3", "+2", "0x2", "2 2", "", "1" + "0" * 30, "-0", "2\r\n 3"]
+CODINGS = ["chunked\r\nTransfer-Encoding: chunked\r\nContent-Length: 4", "xchunked", "chunked, identity",
+           "\tchunked\r\nContent-Length: 4", "identity, chunked, identity"]  # fmt: skip
+LINES = ["Content-Length : 4", "A: b\r\n c: d", "A: b\0c", ": b", "nothing", "A\0: b", "Ä: b"]
+CHUNKS = [
+    b"zz\r\nab\r\n", b"F" * 17 + b"\r\nab\r\n", b"-1\r\nab\r\n", b"1\r\na\r\n" * 500_000, b"1\r\na\r\n" * 9 + b"\0",
+    b"1;" + b"a" * (1 << 20) + b"\r\na\r\n", b"1\r\na\r\n0\r\n" + b"a: b\r\n" * 170_000,
+]  # fmt: skip
+ABOVE = ["..", "%2e%2e", "..%2f..", "%2e%2e%2f", "....//", "..\\", "%5c..", "%252e%252e", "..;", "%00", "%c0%ae%c0%ae"]
+PATHS = ["//etc/passwd", "file:///etc/passwd", "http://other/etc/passwd", "/\xff\xfe", "*", "/" + "a" * (1 << 20)]
+RAW = [
+    *(fields(f"Content-Length: {length}", body=SMUGGLED) for length in LENGTHS),
+    *(fields(f"Transfer-Encoding: {coding}", body=SMUGGLED) for coding in CODINGS),
+    *(fields(line, "Content-Length: 5", body=SMUGGLED) for line in LINES),
+    *(fields("Transfer-Encoding: chunked", "Connection: close", body=chunk + SMUGGLED) for chunk in CHUNKS),
+    *(get(f"{start}{above}/{above}/etc/passwd") for start in ("/", "/v2/models/") for above in ABOVE),
+    *map(get, PATHS),
+    fields("Expect: 100-continue", "Content-Length: 99999999999"),
+    b"GET /v2 HTTP/9.9\r\nHost: x\r\n\r\n",
+    b"GET /v2 HTTP/1.1\nHost: x\n\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"CONNECT other:443 HTTP/1.1\r\nHost: other\r\n\r\n",
+    b"TRACE /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+]
+
+
+def test_bytes_from_a_table_are_refused_once_and_at_once(quick: Running) -> None:
+    wrong = []
+    for data in RAW:
+        start = time.monotonic()
+        answer = quick.raw(data)
+        took, count = time.monotonic() - start, answer.count(b"HTTP/1.1 ")
+        shown = [word for word in (b"Traceback", b"batiste", b"uvicorn", b"root:") if word in answer]
+        if count != 1 or not answer.startswith(b"HTTP/1.1 4") or took > 2 or shown:
+            wrong.append((data[:80], answer[:80], count, took))
+    assert not wrong
+    assert quick.infer([[1.0] * 4])[0] == 200
+    print(f"SV3: {len(RAW) + len(GARBAGE)} raw cases")
+
+
 def test_those_who_send_slowly_are_sent_away(quick: Running) -> None:
     start = time.monotonic()
     assert quick.raw(b"GET / HTTP/1.1\r\nHos", timeout=8).startswith(b"HTTP/1.1 408")
