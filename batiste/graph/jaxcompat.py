@@ -7,6 +7,7 @@ import functools
 
 import jax
 from jax._src.core import (
+    EvalTrace,
     cur_qdd,  # noqa: F401
     get_opaque_trace_state,  # public in jax.extend.core, which takes 20 ms to import
 )
@@ -22,6 +23,16 @@ from jax.tree_util import default_registry
 
 current_trace = functools.partial(get_opaque_trace_state, convention="flax")
 """The trace level the caller stands in; two results compare equal inside one level."""
+
+
+def is_inside(trace, outer) -> bool:
+    """Whether one trace level stands inside another; what has ended surrounds nothing, what is at rest all else."""
+    wanted, level = outer._trace_ref(), trace._trace_ref()
+    while level is not wanted and (parent := getattr(level, "parent_trace", None)) is not None:
+        level = parent
+    known = level is wanted or isinstance(level, EvalTrace)  # some levels do not say in which they stand
+    return wanted is not None and trace != outer and (isinstance(wanted, EvalTrace) or not known or level is wanted)
+
 
 Ref = jax.Ref
 ShapedArray = jax.core.ShapedArray  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from .backing import current_defaults
 from .captured import AT_REST, note_read, recorders
 from .epoch import structure_changed
 from .errors import ShapeError, StructureError, TraceContextError
-from .jaxcompat import current_trace, is_ref
+from .jaxcompat import current_trace, is_inside, is_ref
 from .lost import Home, written_far_from_home
 from .metadata import (
     HOOKS,
@@ -567,7 +567,10 @@ def _register_pytree(cls: type) -> None:
     def unflatten(frozen: Frozen, children):
         variable = cls._new(children[0], dict(frozen.items), frozen)
         trace = variable._trace_state
-        if trace != AT_REST and trace != _last_flattened[0]:  # it came into a transform as a copy, and may not go back
+        last = _last_flattened[0]
+        if (
+            trace != AT_REST and trace != last and is_inside(trace, last)
+        ):  # a copy, which may not go back
             object.__setattr__(variable, "_home", Home(cls.__name__))
         return variable
 
