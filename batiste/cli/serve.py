@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,13 @@ def run(args: Namespace) -> int:
     """Serves until a signal."""
     if not args.models:
         raise UsageError("Something to serve is missing", expected="[NAME=]PATH of a bundle, or of a language model")
+    if args.engine == "thread" or args.executables is not None:
+        return _serve(args)
+    with tempfile.TemporaryDirectory(prefix="batiste-") as args.executables:  # an engine that died is back the sooner
+        return _serve(args)
+
+
+def _serve(args: Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=args.log.upper())
     keys = [] if args.api_keys is None else _lines(args.api_keys)
     try:

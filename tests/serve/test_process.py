@@ -172,7 +172,9 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_the_command_serves_a_bundle_and_listens_to_this_machine_alone() -> None:
     command = (sys.executable, "-m", "batiste", "serve", f"digits={GOLDEN}", "--port", "PORT", "--log", "warning")
-    with running(*command, "--allow-unsigned", "--buckets", "batch=1,4", "--buckets", "length=8") as server:
+    with running(
+        *command, "--allow-unsigned", "--buckets", "batch=1,4", "--buckets", "length=8", "--engine", "process"
+    ) as server:
         assert server.get("/v2/models/digits") == 200
         listening = Path(f"/proc/{server.process.pid}/net/tcp").read_text()
         own = [line.split()[1] for line in listening.splitlines()[1:] if line.split()[3] == "0A"]
