@@ -106,11 +106,11 @@ def pure(
         return found._replace(run=lambda weights, inputs: named(found.run(weights, inputs), outputs))
 
     def run(weights: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-        output, after = found.run(weights, inputs)
-        output = named(output, outputs)
+        called: Any = found.run(weights, inputs)
+        output, after = named(called[0], outputs), called[1]
         if both := sorted(set(output) & set(after)):
             raise ArgumentError("An output has the name of state", got=", ".join(both), fix="name it: outputs=[…]")
-        return {**output, **dict(after)}
+        return {**output, **after}
 
     return found._replace(run=run)
 

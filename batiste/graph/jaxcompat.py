@@ -6,9 +6,9 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax._src import core as _core
 from jax._src.core import (
     EvalTrace,
-    cur_qdd,  # noqa: F401
     get_opaque_trace_state,  # public in jax.extend.core, which takes 20 ms to import
 )
 from jax._src.distributed import global_state as processes_state  # noqa: F401  (waiting with a time-out has no public name)
@@ -34,6 +34,7 @@ def is_inside(trace, outer) -> bool:
     return wanted is not None and trace != outer and (isinstance(wanted, EvalTrace) or not known or level is wanted)
 
 
+cur_qdd = getattr(_core, "cur_qdd", None)  # of the content of hijax boxes; JAX 0.11.2 has it no more
 Ref = jax.Ref
 ShapedArray = jax.core.ShapedArray  # type: ignore[attr-defined]
 Tracer = jax.core.Tracer  # type: ignore[attr-defined]
