@@ -11,7 +11,8 @@ How the formula is spelled, and why (against `jax.nn.dot_product_attention`, for
     T × S, is divided by their sums.
   - A causal mask is not laid over all S keys: the queries are cut into a few blocks of rows, and each block meets only
     the keys that come before its end.
-All of it is differentiated by JAX: there is no rule of its own, so forward mode and higher derivatives work.
+All of it is differentiated by JAX, in forward mode and to any order; a rule says only that the derivatives of products
+of narrow numbers are such products too.
 """
 
 from __future__ import annotations
@@ -192,9 +193,26 @@ def _multiplied(q: Array, k: Array, precision: lax.PrecisionLike) -> Array:
 
 def _product(x: Array, y: Array, contracted: int, dtype: DTypeLike, precision: lax.PrecisionLike) -> Array:
     """The batched matrix product of the last dim of `x` with a dim of `y`, summed in `dtype`."""
+    product = _plain_product if x.dtype == dtype else _widened_product
+    return product(x, y, contracted, dtype, precision)
+
+
+def _plain_product(x: Array, y: Array, contracted: int, dtype: DTypeLike, precision: lax.PrecisionLike) -> Array:
     batch = tuple(range(x.ndim - 2))
     dims = (((x.ndim - 1,), (contracted,)), (batch, batch))
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype)
+
+
+_widened_product = jax.custom_jvp(_plain_product, nondiff_argnums=(2, 3, 4))
+
+
+@_widened_product.defjvp
+def _(contracted: int, dtype: DTypeLike, precision: lax.PrecisionLike, primals: tuple[Array, Array],
+      tangents: tuple[Array, Array]) -> tuple[Array, Array]:  # fmt: skip
+    """Its derivatives are products in the dtype of x and y, as it is: from what is wide, JAX would make mixed ones."""
+    (x, y), (dx, dy) = primals, tangents
+    by_x, by_y = (_plain_product(a, b, contracted, x.dtype, precision) for a, b in ((dx, y), (x, dy)))
+    return _widened_product(x, y, contracted, dtype, precision), by_x.astype(dtype) + by_y.astype(dtype)
 
 
 def _repeated(x: Array, q: Array) -> Array:
@@ -229,10 +247,12 @@ def _with_causal(mask: Array | None, is_causal: bool, q: Array, k: Array, start:
 
 
 def _blocks(query: Array, key: Array) -> int:
-    """How many blocks of rows causal attention is cut into: one where it does not pay or positions are sharded."""
-    if any(_is_sharded(x, -3) for x in (query, key)):
+    """How many blocks of rows causal attention is cut into: one where it does not pay, or positions are sharded, or
+    how many there are is left open (in a program that is exported)."""
+    length = query.shape[-3]
+    if any(_is_sharded(x, -3) for x in (query, key)) or not isinstance(length, int):
         return 1
-    return max(1, min(BLOCKS, query.shape[-3] // ROWS_OF_A_BLOCK))
+    return max(1, min(BLOCKS, length // ROWS_OF_A_BLOCK))
 
 
 def _is_sharded(x: Array, dim: int) -> bool:

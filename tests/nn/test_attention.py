@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from batiste import nnx
 from batiste.graph.errors import ArgumentError, RngError, ShapeError
@@ -71,6 +74,25 @@ def test_low_precision(dtype):
     half = attend(*(x.astype(dtype) for x in (q, k, v)))
     assert half.dtype == dtype == attend(q, k, v, dtype=dtype).dtype
     assert_close(half.astype(jnp.float32), attend(q, k, v), 3e-2)
+
+
+def test_gradients_have_the_dtype_of_the_inputs_and_are_near_those_in_float32():
+    half = [normal(2, 9, heads, 8).astype(jnp.bfloat16) for heads in (4, 2, 2)]
+    whole = [x.astype(jnp.float32) for x in half]
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(attend(*x, is_causal=True).astype(jnp.float32)))))
+    for found, expected in zip(gradient(half), gradient(whole)):
+        assert found.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(found - expected) < 1e-2 * jnp.linalg.norm(expected)
+    products = re.findall(r"dot_general.*: \(tensor<\w*x(\w+)>, tensor<\w*x(\w+)>\)", gradient.lower(half).as_text())
+    assert products == [("bf16", "bf16")] * 6  # none is of wide and narrow numbers
+
+
+def test_a_length_that_is_left_open_is_exported():
+    (length,) = export.symbolic_shape("t")
+    f = jax.jit(lambda x: attend(x, x, x, is_causal=True))
+    exported = export.export(f)(jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32))
+    x = normal(1, 2 * ROWS_OF_A_BLOCK, 2, 4)
+    assert_close(exported.call(x), f(x))
 
 
 def test_forward_mode_and_second_derivatives():
