@@ -9,6 +9,7 @@ speaks of, which it holds weakly.
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -65,6 +66,16 @@ class Landing(NamedTuple):
     note: Note
     targets: list[list[Variable]]
     places: list[tuple[int, int]]
+    writes: bool
+
+
+NO_LOCK = threading.RLock()  # of functions that get no object, which write nothing
+_locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by the id of an object
+
+
+def lock_of(root: Any) -> Any:
+    """The lock of an object: all plans that begin with it have the same one, whatever their functions."""
+    return _locks.setdefault(id(root), threading.RLock())
 
 
 class Plan:
@@ -97,6 +108,15 @@ class Plan:
             variables = [flat.leaves[n] for n in part if n not in self.sources]
             self.groups.append((variables, [self.sources[n] for n in part[len(variables) :]]))
         self.landing: Landing | None = None  # of the latest note; replaced whole, for threads may share a plan
+        self.lock = lock_of(self.roots[0][1]()) if self.roots else NO_LOCK
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Calls the program. Calls from several threads that write into one object follow each other."""
+        with self.lock:
+            inputs = self.gather(leaves)
+            if self.landing is None or self.landing.writes:
+                return self.scatter(*self.program(*inputs), leaves)
+        return self.scatter(*self.program(*inputs), leaves)
 
     def takes(self, args: tuple) -> bool:
         """Whether these arguments are the leaves themselves, and the plan describes them: the shortest way."""
@@ -159,7 +179,7 @@ class Plan:
                 target: Variable = self.leaves[note.changed[n]]  # type: ignore[assignment]
                 target._check_can_update()  # once for all calls: a plan stays at the trace level it was made at
                 targets[g].append(target)
-        return Landing(note, targets, places)
+        return Landing(note, targets, places, not note.plain or bool(note.changed))
 
     def check(self, boundary: Boundary) -> None:
         """Compares the plan with a fresh walk.

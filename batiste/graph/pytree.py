@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
+import sys
 import typing
 import warnings
 from abc import ABCMeta
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .birth import nursery
@@ -308,14 +311,32 @@ class Pytree(metaclass=PytreeMeta):
         return new
 
     def __getstate__(self):
-        return {**self.__dict__, "_pytree__nodes": dict(self._pytree__nodes)}
+        attributes = {name: by_name(x) if isinstance(x, COMPILED) else x for name, x in self.__dict__.items()}
+        return {**attributes, "_pytree__nodes": dict(self._pytree__nodes)}
 
     def __setstate__(self, state):
         state = dict(state)
         prepare(self, state.pop("_pytree__nodes", {}))
-        vars(self).update(state)
+        vars(self).update((name, x.found() if isinstance(x, Named) else x) for name, x in state.items())
 
 
+class Named(NamedTuple):
+    """Where a function is found."""
+
+    module: str
+    name: str
+
+    def found(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+def by_name(function: Any) -> Any:
+    """The name of a compiled function, such as `jax.nn.sigmoid`, which pickle cannot send; itself if it has none."""
+    named = Named(function.__module__, getattr(function, "__qualname__", ""))
+    return named if getattr(sys.modules.get(named.module), named.name, None) is function else function
+
+
+COMPILED = (type(jnp.tanh), jax.custom_jvp, jax.custom_vjp)
 _SCALARS = frozenset({int, float, bool, str, type(None), bytes, complex, type, type(lambda: None)})
 
 

@@ -189,8 +189,7 @@ class JitWrapped:
             plan, leaves = self.find(args, kwargs)
         if config.check_plans:
             plan.check(self.enter(*self.arguments.cut(args, kwargs))[0])
-        groups, note = plan.program(*plan.gather(leaves))
-        return plan.scatter(groups, note, leaves)
+        return plan.run(leaves)
 
     def find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, Sequence[Any]]:
         """The plan of these arguments, remembered or made now, and their leaves."""
