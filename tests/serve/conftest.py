@@ -29,8 +29,8 @@ def free_port() -> int:
 class Running:
     """A server process, asked by plain sockets."""
 
-    def __init__(self, *command: Any):
-        self.port = free_port()
+    def __init__(self, *command: Any, port: int | None = None):
+        self.port = free_port() if port is None else port
         words = [str(self.port) if word == "PORT" else str(word) for word in command]
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that is full would stop the server
         self.process = subprocess.Popen(words, stdout=self.output, stderr=subprocess.STDOUT)
