@@ -170,9 +170,12 @@ def numbered(name: str, numbers: Iterable[Any]) -> str:
 
 
 # ---------------------------------------------------------------- reading
+Turn = Callable[[str, np.ndarray], np.ndarray]
+
+
 def load(build: Callable[[Rngs], Any], weights: Weights, table: Table, at: str | Path, *,
          dtype: DTypeLike = jnp.float32,
-         turn: Callable[[str, np.ndarray], np.ndarray] = lambda path, tensor: tensor) -> Any:  # fmt: skip
+         turn: Turn | None = None) -> Any:  # fmt: skip
     """The model that `build` makes, with the values of a file; it is never made with others.
 
     Each value goes to its device as soon as it is read: the host holds one of them, and one tensor, at a time. Where a
@@ -230,19 +233,26 @@ def _prefix(found: list[Entry], weights: Weights, table: Table) -> str:
     return next((prefix for prefix in table.prefixes if prefix + first in weights.tensors), "")
 
 
-def _read(entry: Entry, weights: Weights, dtype: DTypeLike, turn: Callable[..., np.ndarray]) -> np.ndarray:
+def _read(entry: Entry, weights: Weights, dtype: DTypeLike, turn: Turn | None) -> np.ndarray:
     is_float = jnp.issubdtype(entry.variable.dtype, jnp.floating)
     wanted, shape = np.dtype(dtype if is_float else entry.variable.dtype), entry.variable.shape
-
-    tensors = (entry.to_ours(turn(entry.path, weights.tensors[name].read())) for name, _ in entry.parts())
-    if not entry.stacked:
-        value = next(tensors)
-        if value.dtype == wanted and value.flags.c_contiguous:
-            return value
-        tensors = iter([value])
+    parts = ((weights.tensors[name], at) for name, at in entry.parts())
+    as_it_is = turn is None and entry.names.of == 1
+    if not as_it_is:
+        turn = turn or (lambda path, tensor: tensor)
+        tensors = ((entry.to_ours(turn(entry.path, tensor.read())), at) for tensor, at in parts)
+        if not entry.stacked:
+            value, at = next(tensors)
+            if value.dtype == wanted and value.flags.c_contiguous:
+                return value
+            tensors = iter([(value, at)])
     value = room(math.prod(shape) * wanted.itemsize).view(wanted).reshape(shape)
-    for at, tensor in zip(np.ndindex(*entry.stacked), tensors):
-        value[at] = tensor
+    if as_it_is:
+        for tensor, at in parts:
+            tensor.read_into(entry.to_theirs(value[(*at, ...)]))
+    else:
+        for tensor, at in tensors:
+            value[at] = tensor
     return value
 
 

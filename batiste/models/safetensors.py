@@ -100,18 +100,19 @@ def _open_file(path: Path) -> Weights:
 def _tensor(path: Path, name: str, entry: Any, start: int, room: int) -> Tensor:
     at = f"{path}: {name}"
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
-    if dtype is None:
+    known = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
+    if known is None:
         raise WeightsError("a tensor's dtype is none that is known", at=at, got=str(entry)[:80],
                            expected=", ".join(DTYPES))  # fmt: skip
-    itemsize = np.dtype(dtype).itemsize
-    shape = checked_shape(entry.get("shape"), at, room // itemsize)
-    size = math.prod(shape) * itemsize
+    dtype = np.dtype(known)
+    shape = checked_shape(entry.get("shape"), at, room // dtype.itemsize)
+    size = math.prod(shape) * dtype.itemsize
     fits = isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)
     if not fits or not 0 <= offsets[0] <= offsets[1] <= room or offsets[1] - offsets[0] != size:  # type: ignore[index]
         raise WeightsError("a tensor's bytes do not fit its shape and the file", at=at, got=f"data_offsets {offsets}",
                            expected=f"{size} bytes within {room}", fix="fetch the file again")  # fmt: skip
-    return Tensor(path, start + offsets[0], size, shape, lambda raw, shape: raw.view(dtype).reshape(shape))  # type: ignore[index]
+    values = lambda raw, shape: raw.view(dtype).reshape(shape)
+    return Tensor(path, start + offsets[0], size, shape, values, dtype)  # type: ignore[index]
 
 
 def _json(text: bytes, at: str) -> dict[str, Any]:

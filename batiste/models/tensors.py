@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from batiste.graph.errors import ArgumentError
 
 ALIGNMENT = 64
+NEAR, ROWS = 1 << 18, 64  # what is read at a time: so many bytes, or so many rows, if that is more
 LARGEST = 1 << 48  # elements; also where a dim of 0 hides the others
 
 
@@ -21,25 +23,55 @@ class WeightsError(ArgumentError):
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file: its bytes are read, and no others, when it is called for."""
+    """A tensor in a file: its bytes are read, and no others, when it is called for.
+
+    `dtype` is that of the values, if they lie in the file as they are.
+    """
 
     file: Path
     offset: int
     size: int
     shape: tuple[int, ...]
     decode: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    dtype: np.dtype | None = None
 
     def read(self) -> np.ndarray:
         """The values, as an array of their shape."""
         raw = room(self.size)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            done = 0
-            while done < self.size and (read := file.readinto(raw.data[done:])):
-                done += read
-        if done != self.size:
-            raise WeightsError("the file became shorter while it was read", at=str(self.file))
+        with self._opened() as file:
+            self._fill(raw, file)
         return self.decode(raw, self.shape)
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Writes the values into an array of their shape, of any layout and dtype: some rows at a time, so that they
+        are still near when they are laid out anew."""
+        if self.dtype is None:
+            out[...] = self.read()
+            return
+        with self._opened() as file:
+            if out.dtype == self.dtype and out.flags.c_contiguous:
+                return self._fill(out.reshape(-1).view(np.uint8), file)
+            out = out.reshape(out.shape or (1,))
+            each = math.prod(out.shape[1:])
+            rows = max(ROWS, NEAR // max(1, each * self.dtype.itemsize))
+            raw = room(min(rows, len(out)) * each * self.dtype.itemsize)
+            for start in range(0, len(out), rows):
+                part = out[start : start + rows]
+                bytes_ = raw[: part.size * self.dtype.itemsize]
+                self._fill(bytes_, file)
+                part[...] = bytes_.view(self.dtype).reshape(part.shape)
+
+    def _opened(self) -> FileIO:
+        file = self.file.open("rb", buffering=0)
+        file.seek(self.offset)
+        return file
+
+    def _fill(self, raw: np.ndarray, file: FileIO) -> None:
+        done = 0
+        while done < raw.size and (read := file.readinto(raw.data[done:])):
+            done += read
+        if done != raw.size:
+            raise WeightsError("the file became shorter while it was read", at=str(self.file))
 
 
 def room(size: int) -> np.ndarray:

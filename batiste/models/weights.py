@@ -100,14 +100,13 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
     interleaved = weights.about.get("general.architecture") == "llama"
 
     def turned(place: str, tensor: np.ndarray) -> np.ndarray:
-        is_turned = interleaved and any(part in place for part in TURNED)
-        return halves(tensor, config.depth) if is_turned else tensor
+        return halves(tensor, config.depth) if any(part in place for part in TURNED) else tensor
 
     def build(rngs: Rngs) -> Decoder:
         model = Decoder(config, rngs=rngs)
         return model.apart() if apart else model
 
-    return load(build, weights, table, path, dtype=dtype, turn=turned)
+    return load(build, weights, table, path, dtype=dtype, turn=turned if interleaved else None)
 
 
 def save_decoder(model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None,

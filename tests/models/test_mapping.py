@@ -166,3 +166,22 @@ def test_a_draft_of_lists_of_layers_that_differ(tmp_path: Path) -> None:
     assert draft.names["lines/layers/kernel"] == "lines.{}.weight"
     assert draft.names["norm/var"] == "norm.running_var"
     assert not any("kv" in str(name) for name in draft.names.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tensors_are_read_some_rows_at_a_time(dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"a": np.arange(35, dtype=np.float32).reshape(7, 5).astype(dtype), "b": np.array(3, dtype)}
+    write_safetensors(tmp_path, of_arrays(values), values.values())
+    tensors = open_safetensors(tmp_path).tensors
+    monkeypatch.setattr("batiste.models.tensors.ROWS", 2)
+    monkeypatch.setattr("batiste.models.tensors.NEAR", 1)
+    for out in (np.zeros((7, 5), np.float32), np.zeros((5, 7), np.float32).T, np.zeros((7, 5), dtype)):
+        tensors["a"].read_into(out)
+        np.testing.assert_array_equal(out, values["a"].astype(out.dtype))
+    tensors["b"].read_into(one := np.zeros((), np.float32))
+    assert one == 3
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(WeightsError, match="became shorter"):
+        for name in values:
+            tensors[name].read_into(np.zeros((5, 7) if name == "a" else (), np.float32).T)
