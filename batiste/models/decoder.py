@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder: the language model of the Llama tree and of PaLM, as one writes it for one device.
+"""A decoder: the language model of Llama, GPT-2, Gemma, Mixtral and PaLM, as one writes it for one device.
 
 x = embed(tokens);  x = block(x) for each block;  logits = norm(x) · head
 
@@ -15,6 +15,7 @@ Source: Touvron et al. 2023, "Llama 2", section 2.2; Chowdhery et al. 2022, "PaL
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, overload
 
 import jax
@@ -22,21 +23,26 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from batiste import nn
-from batiste.graph import Module, Rngs, data, merge, split
+from batiste.graph import Module, Param, Rngs, data, make, merge, split
 from batiste.graph.errors import ShapeError
-from batiste.nn.losses import TokenLoss, chunked_cross_entropy
+from batiste.nn.losses import TokenLoss, chunked_cross_entropy, soft_capped
 from batiste.nn.stack import Apart, Stack
 
 from .configs import DecoderConfig, Stretch
 
 RULES = (
     ("embed/embedding", ("vocab", None)),
+    ("places/embedding", (None, None)),
     ("head/kernel", (None, "vocab")),
     ("attn/query/{kernel,bias}", (..., "heads", None)),
     ("attn/{key,value}/{kernel,bias}", (..., "kv_heads", None)),
     ("attn/out/kernel", (..., "heads", None, None)),
-    ("mlp/{up,gate}/kernel", (..., "mlp")),
+    ("mlp/{up,gate}/{kernel,bias}", (..., "mlp")),
     ("mlp/down/kernel", (..., "mlp", None)),
+    ("mlp/experts/{up,gate}", (..., "expert", None, "mlp")),
+    ("mlp/experts/down", (..., "expert", "mlp", None)),
+    ("mlp/router/kernel", (...,)),
+    ("{attn/out,mlp/down,norm,attn_norm,mlp_norm}/bias", (...,)),
     ("scale", (...,)),
 )
 """Which dim of each parameter a `tensor` axis divides: `sharding.fsdp_tensor(4, rules=RULES)`.
@@ -49,8 +55,8 @@ class Cache(NamedTuple):
     """What attention remembers: keys and values of all layers, and how many positions are filled: one number, or [B].
 
     What lies past the filled positions is not seen, and is written over: to forget the last tokens, or the padding
-    behind a row's own, lower `filled`. With a window, position t lies in place t % S, so that S = window + P places
-    do for any length, where P tokens are read at a time at most.
+    behind a row's own, lower `filled`. Where all layers have a window, position t lies in place t % S, so that
+    S = window + P places do for any length, where P tokens are read at a time at most.
 
     Of a decoder whose layers stand apart, keys and values are tuples with an array for each layer.
     """
@@ -77,10 +83,11 @@ class Decoder(Module):
     def __init__(self, config: DecoderConfig, *, rngs: Rngs):
         self.config = config
         self.embed = nn.Embed(config.vocab, config.features, rngs=rngs)
+        self.places = data(nn.Embed(config.context, config.features, rngs=rngs) if config.learned_positions else None)
         self.blocks: Stack | Apart = Stack(
             lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs, has_aux=True
         )
-        self.norm = nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
+        self.norm = norm_of(config, config.features, rngs)
         head = None if config.tied else nn.Linear(config.features, config.vocab, use_bias=False, rngs=rngs)
         self.head = data(head)
 
@@ -101,20 +108,37 @@ class Decoder(Module):
                              fix="add a dim of size 1: tokens[None]")  # fmt: skip
         length, start = tokens_BT.shape[1], 0 if cache is None else cache.filled
         positions_T = jnp.add.outer(jnp.asarray(start), jnp.arange(length))  # [B, T], where rows have their own
-        rope = rope_angles(positions_T, self.config.depth, self.config.rope_theta, self.config.rope_stretch)
-        each = None if cache is None else (cache.k_LBSKC, cache.v_LBSKC)
-        is_apart = isinstance(self.blocks, Apart)
-        if each is not None and is_apart:
-            each = tuple(zip(*each))
-        x_BTD, kept = self.blocks(self.embed(tokens_BT), *rope, positions_T, each=each)
+        c, is_apart = self.config, isinstance(self.blocks, Apart)
+        each = () if cache is None else (cache.k_LBSKC, cache.v_LBSKC)
+        if c.full_every:
+            each = (*each, jnp.array(c.full_layers))
+        x_BTD, kept = self.blocks(self.embedded(tokens_BT, positions_T), self.turns(positions_T), positions_T,
+                                  each=(tuple(zip(*each)) if is_apart else each) or None)  # fmt: skip
         if cache is None:
             return self.norm(x_BTD), None
         k_LBSKC, v_LBSKC = zip(*kept) if is_apart else kept
         return self.norm(x_BTD), Cache(k_LBSKC, v_LBSKC, cache.filled + length)
 
+    def embedded(self, tokens_BT: Array, positions_T: Array) -> Array:
+        x_BTD = self.embed(tokens_BT)
+        if self.config.embed_scale:
+            x_BTD = x_BTD * jnp.asarray(math.sqrt(self.config.features), x_BTD.dtype)
+        if self.places is not None:  # padding may lie behind the last
+            x_BTD = x_BTD + self.places(jnp.minimum(positions_T, self.config.context - 1))
+        return x_BTD
+
+    def turns(self, positions_T: Array) -> tuple[tuple[Array, Array], ...]:
+        """RoPE's angles; a second pair for the layers with a window, if theirs differ; none of learned positions."""
+        c = self.config
+        if c.learned_positions:
+            return ()
+        whole = rope_angles(positions_T, c.depth, c.rope_theta, c.rope_stretch)
+        return (whole,) if c.local_theta is None else (whole, rope_angles(positions_T, c.depth, c.local_theta))
+
     def logits(self, x_BTD: Array) -> Array:
         """float32, whatever the dtype of x"""
-        return jnp.dot(x_BTD, self.head_DV().astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        logits_BTV = jnp.dot(x_BTD, self.head_DV().astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return soft_capped(logits_BTV, self.config.logit_cap)
 
     def head_DV(self) -> Array:
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
@@ -131,7 +155,8 @@ class Decoder(Module):
         x_BTD, _ = self.hidden(tokens_BT[:, :-1])
         weights = None if weights_BT is None else weights_BT[:, 1:]
         return chunked_cross_entropy(x_BTD, self.head_DV(), tokens_BT[:, 1:], weights, chunks=chunks,
-                                     z_loss=self.config.z_loss if z_loss is None else z_loss)  # fmt: skip
+                                     z_loss=self.config.z_loss if z_loss is None else z_loss,
+                                     cap=self.config.logit_cap)  # fmt: skip
 
     def cache(self, batch: int, length: int, *, per_row: bool = False) -> Cache:
         """An empty cache for `length` positions, in the dtype in which the model computes.
@@ -160,76 +185,155 @@ class Decoder(Module):
 
 
 class Block(Module):
-    """y = x + attn(norm(x));  y + mlp(norm(y)), one after the other;  x + attn(norm(x)) + mlp(norm(x)), in parallel"""
+    """y = x + attn(norm(x));  y + mlp(norm(y)), one after the other;  x + attn(norm(x)) + mlp(norm(x)), in parallel
+
+    With norms behind as well, attn and mlp are norm(attn(…)) and norm(mlp(…)).
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: Rngs):
         self.parallel = config.parallel
-        self.attn_norm = nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
+        self.attn_norm = norm_of(config, config.features, rngs)
         self.attn = Attention(config, rngs=rngs)
-        norm = None if config.parallel else nn.RMSNorm(config.features, epsilon=config.epsilon, rngs=rngs)
-        self.mlp_norm = data(norm)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.attn_post = data(norm_of(config, config.features, rngs) if config.post_norms else None)
+        self.mlp_norm = data(None if config.parallel else norm_of(config, config.features, rngs))
+        self.mlp = (SparseMlp if config.experts else Mlp)(config, rngs=rngs)
+        self.mlp_post = data(norm_of(config, config.features, rngs) if config.post_norms else None)
 
-    def __call__(self, x_BTD, cos_TC, sin_TC, positions_T, each=None):
+    def __call__(self, x_BTD, turns, positions_T, each=()):
         normed_BTD = self.attn_norm(x_BTD)
-        y_BTD, kept = self.attn(normed_BTD, cos_TC, sin_TC, positions_T, each)
-        if self.parallel:
-            return x_BTD + y_BTD + self.mlp(normed_BTD), kept
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
+        y_BTD, kept = self.attn(normed_BTD, turns, positions_T, each)
+        y_BTD = y_BTD if self.attn_post is None else self.attn_post(y_BTD)
+        if self.mlp_norm is not None:
+            x_BTD = x_BTD + y_BTD
+            normed_BTD, y_BTD = self.mlp_norm(x_BTD), 0
+        z_BTD = self.mlp(normed_BTD)
+        return x_BTD + y_BTD + (z_BTD if self.mlp_post is None else self.mlp_post(z_BTD)), kept
 
 
 class Attention(Module):
     """out(attend(rope(query(x)), rope(key(x)), value(x))), of the positions up to each, or the last `window` of them
 
     Source: Su et al. 2021, "RoFormer", eq. 34; Ainslie et al. 2023, "GQA", section 2.2; Henry et al. 2020, "Query-Key
-        Normalization", with RMSNorm as in Qwen3; Jiang et al. 2023, "Mistral 7B", section 2 (window).
+        Normalization", with RMSNorm as in Qwen3; Jiang et al. 2023, "Mistral 7B", section 2 (window); Gemma Team 2024,
+        "Gemma 2", section 2 (windows of some layers, caps).
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: Rngs):
         D, H, K, C = config.features, config.heads, config.kv_heads, config.depth
-        self.window = config.window
+        self.window, self.is_mixed, self.cap = config.window, bool(config.full_every), config.attn_cap
+        self.scale = math.sqrt(C / (config.query_scale or C))
         self.query = nn.LinearGeneral(D, (H, C), use_bias=config.qkv_bias, rngs=rngs)
         self.key = nn.LinearGeneral(D, (K, C), use_bias=config.qkv_bias, rngs=rngs)
         self.value = nn.LinearGeneral(D, (K, C), use_bias=config.qkv_bias, rngs=rngs)
-        self.out = nn.LinearGeneral((H, C), D, axis=(-2, -1), use_bias=False, rngs=rngs)
-        self.query_norm = data(nn.RMSNorm(C, epsilon=config.epsilon, rngs=rngs) if config.qk_norm else None)
-        self.key_norm = data(nn.RMSNorm(C, epsilon=config.epsilon, rngs=rngs) if config.qk_norm else None)
+        self.out = nn.LinearGeneral((H, C), D, axis=(-2, -1), use_bias=config.bias, rngs=rngs)
+        self.query_norm = data(norm_of(config, C, rngs) if config.qk_norm else None)
+        self.key_norm = data(norm_of(config, C, rngs) if config.qk_norm else None)
 
-    def __call__(self, x_BTD, cos_TC, sin_TC, positions_T, cached=None):
+    def __call__(self, x_BTD, turns, positions_T, each=()):
+        """Args:
+        each: keys and values of the cache, if there is one; then, where layers differ, whether this one sees all.
+        """
+        *cached, sees_all = each if self.is_mixed else (*each, None)
         q_BTHC, k_BTKC, v_BTKC = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None:
             q_BTHC, k_BTKC = self.query_norm(q_BTHC), self.key_norm(k_BTKC)
-        q_BTHC, k_BTKC = rotated(q_BTHC, cos_TC, sin_TC), rotated(k_BTKC, cos_TC, sin_TC)
-        if cached is None:
-            mask = None if self.window is None else seen(positions_T, positions_T, self.window)
-            y_BTHC = nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask, is_causal=mask is None)
-            return self.out(y_BTHC), None
-        is_ring, places = self.window is not None, cached[0].shape[1]
+        if turns:
+            angles = [jnp.where(sees_all, *pair) for pair in zip(*turns)] if len(turns) == 2 else turns[0]
+            q_BTHC, k_BTKC = rotated(q_BTHC, *angles), rotated(k_BTKC, *angles)
+        if self.scale != 1:
+            q_BTHC = q_BTHC * jnp.asarray(self.scale, q_BTHC.dtype)
+        window = jnp.where(sees_all, positions_T.max() + 1, self.window) if self.is_mixed else self.window
+        if not cached:
+            is_plain = window is None and self.cap is None
+            mask = None if is_plain else seen(positions_T, positions_T, window)
+            return self.out(self.attended(q_BTHC, k_BTKC, v_BTKC, mask)), None
+        is_ring, places = self.window is not None and not self.is_mixed, cached[0].shape[1]
         k_BSKC, v_BSKC = (kept(old, new.astype(old.dtype), positions_T, is_ring)
                           for old, new in zip(cached, (k_BTKC, v_BTKC)))  # fmt: skip
         positions_S = jnp.broadcast_to(jnp.arange(places), (*positions_T.shape[:-1], places))
         if is_ring:  # the last position so far that lies in each place
             positions_S = positions_T[..., -1:] - (positions_T[..., -1:] - positions_S) % places
-        mask = seen(positions_T, positions_S, self.window)
-        return self.out(nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask=mask)), (k_BSKC, v_BSKC)
+        mask = seen(positions_T, positions_S, window)
+        return self.out(self.attended(q_BTHC, k_BSKC, v_BSKC, mask)), (k_BSKC, v_BSKC)
+
+    def attended(self, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, mask: Array | None) -> Array:
+        if self.cap is None or mask is None:
+            return nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask=mask, is_causal=mask is None)
+        return capped_attention(q_BTHC, k_BSKC, v_BSKC, mask, self.cap)
 
 
 class Mlp(Module):
-    """down(silu(gate(x)) · up(x)), or down(gelu(up(x)))
+    """down(act(gate(x)) · up(x)), or down(act(up(x)))
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: Rngs):
-        D, F = config.features, config.hidden
-        self.up = nn.Linear(D, F, use_bias=False, rngs=rngs)
-        self.gate = data(nn.Linear(D, F, use_bias=False, rngs=rngs) if config.gated else None)
-        self.down = nn.Linear(F, D, use_bias=False, rngs=rngs)
+        D, F, bias = config.features, config.hidden, config.bias
+        self.activation = activation_of(config)
+        self.up = nn.Linear(D, F, use_bias=bias, rngs=rngs)
+        self.gate = data(nn.Linear(D, F, use_bias=bias, rngs=rngs) if config.gated else None)
+        self.down = nn.Linear(F, D, use_bias=bias, rngs=rngs)
 
     def __call__(self, x_BTD):
         up_BTF = self.up(x_BTD)
-        return self.down(nn.gelu(up_BTF) if self.gate is None else nn.silu(self.gate(x_BTD)) * up_BTF)
+        return self.down(self.activation(up_BTF) if self.gate is None else self.activation(self.gate(x_BTD)) * up_BTF)
+
+
+class SparseMlp(nn.MixtureOfExperts):
+    """Σ p[e] mlp[e](x) over the `top_k` experts e that a router prefers, whose p sum to 1
+
+    Without a capacity each position is a group of its own: all experts read it, and none is passed by.
+
+    Source: Jiang et al. 2024, "Mixtral of Experts", section 2.1.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: Rngs):
+        super().__init__(config.experts, config.features, config.hidden, top_k=config.top_k, gated=True,
+                         capacity_factor=config.capacity or config.experts / config.top_k,
+                         activation=activation_of(config), rngs=rngs)  # fmt: skip
+        self.is_alone = config.capacity is None
+
+    def __call__(self, x_BTD):
+        return super().__call__(x_BTD[..., None, :])[..., 0, :] if self.is_alone else super().__call__(x_BTD)
+
+
+class ShiftedRMSNorm(Module):
+    """y = x / √(E[x²] + ε) * (1 + scale), in float32: decay then draws the factors to 1
+
+    Source: Gemma's published weights, whose scales are so.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, rngs: Rngs):
+        self.scale = make(Param, nn.initializers.zeros, (features,), jnp.float32, rngs.params)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def norm_of(config: DecoderConfig, features: int, rngs: Rngs) -> Module:
+    kinds = {"rms": nn.RMSNorm, "rms+1": ShiftedRMSNorm, "layer": nn.LayerNorm}
+    return kinds[config.norm](features, epsilon=config.epsilon, rngs=rngs)
+
+
+def activation_of(config: DecoderConfig) -> Callable[[Array], Array]:
+    return {"silu": nn.silu, "gelu": nn.gelu}[config.activation or ("silu" if config.gated else "gelu")]
+
+
+def capped_attention(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, mask: Array, cap: float) -> Array:
+    """softmax_S(cap tanh(q · k / (√C cap)), where mask) · v
+
+    Source: Gemma Team 2024, "Gemma 2", section 2.
+    """
+    B, T, H, C = q_BTHC.shape
+    q_BTKGC = (q_BTHC / math.sqrt(C)).reshape(B, T, k_BSKC.shape[2], -1, C)
+    logits_BKGTS = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
+    mask = mask if mask.ndim == 2 else mask[:, :, None]
+    weights_BKGTS = jax.nn.softmax(soft_capped(logits_BKGTS, cap), where=mask).astype(v_BSKC.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", weights_BKGTS, v_BSKC).reshape(B, T, H, C)
 
 
 def rope_angles(positions_T: Array, depth: int, theta: float, stretch: Stretch | None = None) -> tuple[Array, Array]:
@@ -266,7 +370,7 @@ def rotated(x_BTHC: Array, cos_TC: Array, sin_TC: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
 
 
-def seen(positions_T: Array, positions_S: Array, window: int | None) -> Array:
+def seen(positions_T: Array, positions_S: Array, window: int | Array | None) -> Array:
     """[T, S]: whether 0 ≤ s ≤ t, and t - s < window; [B, 1, T, S], where rows have their own positions"""
     past_TS = positions_T[..., :, None] - positions_S[..., None, :]
     mask_TS = (past_TS >= 0) & (positions_S >= 0)[..., None, :]

@@ -125,7 +125,7 @@ def begun(model: Decoder, prompts: Sequence[Any], steps: int, sizes: Sequence[in
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts):
         row[: len(prompt)] = prompt
-    window, piece = model.config.window, width
+    window, piece = model.config.ring, width
     if window is not None and window + PIECE < places:
         places, piece = window + PIECE, min(width, PIECE)
     rows = _opened(model, tokens_BT, lengths_B, places)

@@ -29,7 +29,7 @@ class TokenLoss(NamedTuple):
 
 
 def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array | None = None, *, chunks: int = 8,
-                          z_loss: float = 0.0) -> TokenLoss:  # fmt: skip
+                          z_loss: float = 0.0, cap: float | None = None) -> TokenLoss:  # fmt: skip
     """Σ w (log Σ_v exp(x·head[:, v]) - x·head[:, label]) over tokens, some of them at a time
 
     The logits (tokens, vocabulary) exist for one chunk of tokens only, forward and backward (they are computed twice);
@@ -42,6 +42,7 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
         weights: (...), such as 0 for padding; all 1 if left out.
         chunks: in how many parts; the number of tokens is padded to a multiple of it.
         z_loss: weight of the square of log Z, which keeps Z near 1 (Chowdhery et al. 2022, PaLM, section 5).
+        cap: of the logits; see `soft_capped`.
 
     Raises:
         ShapeError: shapes do not fit.
@@ -72,7 +73,7 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
     @partial(jax.checkpoint, prevent_cse=False)
     def add(sums: TokenLoss, part: list[Array]) -> tuple[TokenLoss, None]:
         x, labels, weights = part
-        logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
+        logits = soft_capped(jnp.dot(x, head, preferred_element_type=jnp.float32), cap)
         top = jnp.max(logits, -1)
         log_z = jax.nn.logsumexp(logits, -1)
         of_label = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
@@ -82,3 +83,11 @@ def chunked_cross_entropy(x: Array, head: Array, labels: Array, weights: Array |
 
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(add, TokenLoss(zero, zero, zero), parts)[0]
+
+
+def soft_capped(x: Array, cap: float | None) -> Array:
+    """cap tanh(x / cap), between -cap and cap; x, if there is none
+
+    Source: Gemma Team 2024, "Gemma 2", section 2, logit soft-capping.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
