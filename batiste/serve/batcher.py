@@ -37,6 +37,9 @@ class Item:
         self.begun = time.monotonic()
         self.alone = False  # its batch did not come back: it is tried once more, by itself
         self.marks: list[bytes] = []  # of its rows, where one of them is suspected
+        self.taken = 0.0  # when its batch was made
+        self.ran: tuple[float, ...] = ()  # when its program began, and ended
+        self.batch = (0, 0)  # number and rows
         self.future: Future[dict[str, np.ndarray]] = Future()
 
     def refuse(self, refusal: Refusal) -> None:
@@ -74,6 +77,7 @@ class Batcher:
         self.costs: dict[int, float] = {}  # and one of each size
         self.closed = False
         self.compiled = 0  # programs after warming
+        self.batches = 0
         self._worker = 0
         self._start()
         if patience is not None:
@@ -229,6 +233,9 @@ class Batcher:
                 self.line = collections.deque(item for item in self.line if id(item) not in taken)
                 self.queued -= rows
                 self.running, self.since = items, time.monotonic()
+                self.batches += 1
+                for item in items:
+                    item.taken, item.batch = self.since, (self.batches, rows)
                 return items
 
     def _worth(self, rows: int) -> int:
@@ -266,6 +273,7 @@ class Batcher:
         items = [item for item in items if not item.future.done()]
         if not items or number != self._worker:
             return True
+        start = time.monotonic()
         try:
             answers = [self._alone(items[0])] if items[0].marks else self._together(items)
         except Died:
@@ -282,6 +290,8 @@ class Batcher:
                 return True
             middle = len(items) // 2
             return self._compute(items[:middle], number) & self._compute(items[middle:], number)
+        for item in items:
+            item.ran = (start, time.monotonic())
         for item, outputs in zip(items, answers):
             if not self.nan and (bad := next((name for name, x in outputs.items() if has_nan(x)), None)):
                 item.refuse(Refusal(500, f"The output {bad!r} holds NaN"))

@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import Refusal
 from .metrics import Metrics
+from .tracing import Span, Tracing
 
 access = logging.getLogger("batiste.serve.access")
 log = logging.getLogger("batiste.serve")
@@ -31,12 +32,14 @@ class Gate:
         idle: seconds between two parts of a body.
         most: requests at a time; more are refused at once.
         shown: the body of a refusal, by its path.
+        tracing: makes the spans of requests.
     """
 
     def __init__(self, app: Any, metrics: Metrics, *, keys: Sequence[str] = (), most_bytes: int = 16 << 20,
                  idle: float = 5.0, most: int = 1024,
-                 shown: Callable[[str, Refusal], Any] = lambda path, refusal: refusal.body()):  # fmt: skip
-        self.shown = shown
+                 shown: Callable[[str, Refusal], Any] = lambda path, refusal: refusal.body(),
+                 tracing: Tracing | None = None):  # fmt: skip
+        self.shown, self.tracing = shown, tracing
         self.app, self.metrics, self.most_bytes, self.idle, self.most = app, metrics, most_bytes, idle, most
         self.keys = [key.encode() for key in keys]
         self.running = 0
@@ -50,15 +53,24 @@ class Gate:
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         own = given if NAME.fullmatch(given) else secrets.token_hex(8)
+        if self.tracing is None or scope["path"] in (*OPEN, "/metrics"):
+            await self._answered(scope, receive, send, headers, own, None)
+            return
+        with self.tracing.request(scope["method"], scope["path"], headers, own) as span:
+            await self._answered(scope, receive, send, headers, own, span)
+
+    async def _answered(self, scope: Any, receive: Any, send: Any, headers: dict[str, str], own: str,
+                        span: Span | None) -> None:  # fmt: skip
         start, status, sent = time.monotonic(), 500, False
+        more = {b"x-request-id": own.encode()} | ({} if span is None else span.headers())
 
         async def watched(message: Any) -> None:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
-                more = {b"x-request-id": own.encode()} | ({b"connection": b"close"} if self.draining else {})
-                before = [pair for pair in message.get("headers", []) if pair[0] not in more]
-                message = {**message, "headers": [*before, *more.items()]}
+                ours = more | ({b"connection": b"close"} if self.draining else {})
+                before = [pair for pair in message.get("headers", []) if pair[0] not in ours]
+                message = {**message, "headers": [*before, *ours.items()]}
             await send(message)
 
         self.running += 1
@@ -78,6 +90,9 @@ class Gate:
             self.metrics.answered(scope["path"], status, took)
             line = {"id": own, "method": scope["method"], "path": scope["path"][:256], "status": status,
                     "ms": round(1e3 * took, 2), "client": (scope.get("client") or ("",))[0]}  # fmt: skip
+            if span is not None:
+                span.answered(status)
+                line["trace"] = span.id
             access.info("%s", json.dumps(line))
 
     def _check(self, path: str, headers: dict[str, str]) -> None:

@@ -11,6 +11,14 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+ROUTES = ("infer", "chat/completions", "completions", "embeddings")
+
+
+def route(path: str) -> str:
+    """The kind of a path: there are few, whatever a client asks for."""
+    return next((kind for kind in ROUTES if path.endswith(f"/{kind}")), "other")
+
+
 class Metrics:
     """Counters, and what is looked up when they are read."""
 
@@ -45,10 +53,8 @@ class Metrics:
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Counts an answer. Only kinds of paths are told apart: a client cannot make new series."""
-        route = next((kind for kind in ("infer", "chat/completions", "completions", "embeddings")
-                      if path.endswith(f"/{kind}")), "other")  # fmt: skip
-        self.requests.labels(route, str(status)).inc()
-        self.latency.labels(route, str(status)).observe(seconds)
+        self.requests.labels(route(path), str(status)).inc()
+        self.latency.labels(route(path), str(status)).observe(seconds)
 
     def batch(self, model: str, rows: int, seconds: float) -> None:
         self.rows.labels(model).observe(rows)

@@ -22,6 +22,7 @@ from .metrics import Metrics
 from .protocol import LENGTH, described, read, write
 from .recorder import Recorder
 from .servable import Arrays, Servable
+from .tracing import Tracing
 
 log = logging.getLogger("batiste.serve")
 PAGE = Path(__file__).with_name("page.html")
@@ -38,6 +39,7 @@ class Server:
         timeout: seconds that an answer may take if the client does not say.
         admin: whether `POST /v2/repository/models/NAME/load` reloads a model; it wants a key.
         recorder: keeps a part of the requests with their answers, and measures drift.
+        tracing: makes spans of OpenTelemetry; if that is installed, by the provider that the program has set.
         batching: options of every `Batcher`.
 
     Raises:
@@ -46,11 +48,13 @@ class Server:
 
     def __init__(self, models: Iterable[Servable | Loader] = (), *, chat: Any = None, keys: Sequence[str] = (),
                  timeout: float = 30.0, admin: bool = False, recorder: Recorder | None = None,
-                 most_bytes: int = 16 << 20, idle: float = 5.0, most: int = 1024, **batching: Any):  # fmt: skip
+                 most_bytes: int = 16 << 20, idle: float = 5.0, most: int = 1024, tracing: Tracing | None = None,
+                 **batching: Any):  # fmt: skip
         if admin and not keys:
             raise ArgumentError("whoever may reload models shows a key", fix="pass keys=, or leave admin out")
         self.metrics, self.timeout, self.admin, self.recorder = Metrics(), timeout, admin, recorder
         self.batching, self.chat = batching, chat
+        self.tracing = tracing or Tracing.found()
         self.loaders: dict[str, list[Loader]] = {}
         self.models: dict[str, dict[str, Batcher]] = {}
         self.ready = False
@@ -66,7 +70,8 @@ class Server:
         shown = {} if chat is None else {"shown": chat.shown}
         for name, engine in ({} if chat is None else chat.engines).items():
             engine.watcher = self.metrics.watcher(name)
-        self.gate = Gate(self._routes(), self.metrics, keys=keys, most_bytes=most_bytes, idle=idle, most=most, **shown)
+        self.gate = Gate(self._routes(), self.metrics, keys=keys, most_bytes=most_bytes, idle=idle, most=most,
+                         tracing=self.tracing, **shown)  # fmt: skip
 
     def app(self) -> Any:
         """The ASGI application."""
@@ -232,6 +237,8 @@ class Server:
             raise Refusal(504, "The answer was not ready in time") from None
         finally:
             leaving.cancel()
+            if self.tracing is not None:
+                self.tracing.computed(item)
         if self.recorder is not None:
             self.recorder.saw(servable, asked.arrays, outputs)
         parts, length = write(servable.name, servable.version, asked, outputs, servable.signature)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A balancer on loopback that keeps the rule of `docs/deploy/`: round robin; where a replica does not answer, the next.
 
-A request is tried again, once at each replica, if the connection was refused or broke before an answer was whole, or the
-answer was 502 or 503. A replica that failed is passed over for a moment. Models have no memory of requests, so that one
-that was computed twice does no harm.
+A request is tried again, once at each replica, if the connection was refused or broke before an answer was whole, or if
+the answer was 502 or 503. A replica that failed is passed over for a moment. Models have no memory of requests, so that
+one that was computed twice does no harm.
 """
 
 from __future__ import annotations
