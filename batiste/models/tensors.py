@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ import numpy as np
 from batiste.graph.errors import ArgumentError
 
 ALIGNMENT = 64
+PAGED = 1 << 21  # bytes that are worth pages of their own
 NEAR, ROWS = 1 << 18, 64  # what is read at a time: so many bytes, or so many rows, if that is more
 LARGEST = 1 << 48  # elements; also where a dim of 0 hides the others
 
@@ -43,27 +46,34 @@ class Tensor(NamedTuple):
         return self.decode(raw, self.shape)
 
     def read_into(self, out: np.ndarray) -> None:
-        """Writes the values into an array of their shape, of any layout and dtype: some rows at a time, so that they
-        are still near when they are laid out anew."""
+        """Writes the values into an array of their shape, of any layout and dtype; both halves of many at once."""
         if self.dtype is None:
             out[...] = self.read()
             return
-        with self._opened() as file:
+        out = out.reshape(out.shape or (1,))
+        half = len(out) // 2
+        if self.size < PAGED or not half:
+            return self._read_rows(out, 0)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self._read_rows, (out[:half], out[half:]), (0, half)))
+
+    def _read_rows(self, out: np.ndarray, start: int) -> None:
+        """Rows from `start` on: some at a time, so that they are still near when they are laid out anew."""
+        assert self.dtype is not None
+        each = math.prod(out.shape[1:]) * self.dtype.itemsize
+        with self._opened(start * each) as file:
             if out.dtype == self.dtype and out.flags.c_contiguous:
                 return self._fill(out.reshape(-1).view(np.uint8), file)
-            out = out.reshape(out.shape or (1,))
-            each = math.prod(out.shape[1:])
-            rows = max(ROWS, NEAR // max(1, each * self.dtype.itemsize))
-            raw = room(min(rows, len(out)) * each * self.dtype.itemsize)
-            for start in range(0, len(out), rows):
-                part = out[start : start + rows]
-                bytes_ = raw[: part.size * self.dtype.itemsize]
-                self._fill(bytes_, file)
-                part[...] = bytes_.view(self.dtype).reshape(part.shape)
+            rows = max(ROWS, NEAR // max(1, each))
+            raw = room(min(rows, len(out)) * each)
+            for first in range(0, len(out), rows):
+                part = out[first : first + rows]
+                self._fill(raw[: len(part) * each], file)
+                part[...] = raw[: len(part) * each].view(self.dtype).reshape(part.shape)
 
-    def _opened(self) -> FileIO:
+    def _opened(self, behind: int = 0) -> FileIO:
         file = self.file.open("rb", buffering=0)
-        file.seek(self.offset)
+        file.seek(self.offset + behind)
         return file
 
     def _fill(self, raw: np.ndarray, file: FileIO) -> None:
@@ -75,7 +85,13 @@ class Tensor(NamedTuple):
 
 
 def room(size: int) -> np.ndarray:
-    """Bytes that begin where JAX wants them to: on a CPU an array in them is used as it is, not copied."""
+    """Bytes that begin where JAX wants them to: on a CPU an array in them is used as it is, not copied.
+
+    Many are asked of the system in small pages: numpy asks for huge ones, which have to be found together first. That
+    takes a multiple of the time, where memory is in pieces.
+    """
+    if size >= PAGED:
+        return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), np.uint8)
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size]

@@ -169,12 +169,14 @@ def test_a_draft_of_lists_of_layers_that_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_tensors_are_read_some_rows_at_a_time(dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_read_in_halves_and_some_rows_at_a_time(
+    dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = {"a": np.arange(35, dtype=np.float32).reshape(7, 5).astype(dtype), "b": np.array(3, dtype)}
     write_safetensors(tmp_path, of_arrays(values), values.values())
     tensors = open_safetensors(tmp_path).tensors
-    monkeypatch.setattr("batiste.models.tensors.ROWS", 2)
-    monkeypatch.setattr("batiste.models.tensors.NEAR", 1)
+    for name, small in (("ROWS", 2), ("NEAR", 1), ("PAGED", 8)):
+        monkeypatch.setattr(f"batiste.models.tensors.{name}", small)
     for out in (np.zeros((7, 5), np.float32), np.zeros((5, 7), np.float32).T, np.zeros((7, 5), dtype)):
         tensors["a"].read_into(out)
         np.testing.assert_array_equal(out, values["a"].astype(out.dtype))
