@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every test and every docstring's example is run: strictly, on eight CPU devices, with plans checked.
 
-Programs are compiled with few optimisations: most are run once, and compiling them is what takes the time.
+Programs are compiled with few optimisations and without fused kernels of LLVM: most are run once, and compiling them is
+what takes the time.
 
 The settings stand in the environment before JAX is imported, and only where the caller has not chosen otherwise.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 STRICT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent / ".jaxcache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -31,3 +36,11 @@ def pytest_configure() -> None:
 
     settings.register_profile("batiste", deadline=None, database=None, derandomize=True)
     settings.load_profile("batiste")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_stays_is_not_searched_for_garbage() -> Iterator[None]:
+    """JAX keeps a million objects of the programs it has compiled: the collector is told not to walk them each time."""
+    yield
+    gc.collect()
+    gc.freeze()
