@@ -85,7 +85,7 @@ class DecoderConfig:
     experts: int = 0
     top_k: int = 2
     capacity: float | None = None
-    query_scale: float | None = None
+    query_scale: int | None = None
     attn_cap: float | None = None
     logit_cap: float | None = None
     window: int | None = None
@@ -161,7 +161,7 @@ class DecoderConfig:
         """Floating-point operations of forward and backward pass per token: 6 N + 6 L T H C
 
         N: the parameters that multiply (the head, not the lookup of the embedding). Attention counts T / 2 positions,
-        as it is causal, or the window; of the experts, those that a position goes through. Recomputation does not count.
+        as it is causal, or the window; of experts, those that a position goes through. Recomputation does not count.
 
         Source: Chowdhery et al. 2022, "PaLM", appendix B (with 12 L T H C: there all positions count).
         """
@@ -206,18 +206,18 @@ GPT2S = {
 """GPT-2, of Radford et al. 2019."""
 
 _gemma2 = _c(256000, 2304, 26, 8, 4, 9216, 256, norm="rms+1", post_norms=True, activation="gelu", embed_scale=True,
-             attn_cap=50.0, logit_cap=30.0, query_scale=256.0, window=4096, full_every=2, epsilon=1e-6,
+             attn_cap=50.0, logit_cap=30.0, query_scale=256, window=4096, full_every=2, epsilon=1e-6,
              context=8192)  # fmt: skip
 _gemma3 = _gemma2.replace(vocab=262144, features=1152, heads=4, kv_heads=1, hidden=6912, qk_norm=True, attn_cap=None,
                           logit_cap=None, window=512, full_every=6, rope_theta=1e6, local_theta=1e4,
                           context=32768)  # fmt: skip
 GEMMAS = {
-    "tiny": _gemma3.replace(vocab=256, features=64, layers=3, heads=4, hidden=160, head_dim=16, query_scale=16.0,
+    "tiny": _gemma3.replace(vocab=256, features=64, layers=3, heads=4, hidden=160, head_dim=16, query_scale=16,
                             window=8, full_every=3, context=128),
     "gemma2-2b": _gemma2,
     "gemma2-9b": _gemma2.replace(features=3584, layers=42, heads=16, kv_heads=8, hidden=14336),
     "gemma2-27b": _gemma2.replace(features=4608, layers=46, heads=32, kv_heads=16, hidden=36864, head_dim=128,
-                                  query_scale=144.0),
+                                  query_scale=144),
     "gemma3-270m": _gemma3.replace(features=640, layers=18, hidden=2048),
     "gemma3-1b": _gemma3,
 }  # fmt: skip

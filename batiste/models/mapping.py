@@ -44,7 +44,8 @@ class As(NamedTuple):
 
     Args:
         name: of the tensor.
-        order: for each of their dims, which of ours it is; as the layer says, if left out.
+        order: for each of their dims, which of ours it is (of a LinearGeneral, two dims are its joined sides); as the
+            layer says, if left out.
         part, of, dim: it holds `of` values of ours, joined along their `dim`, and this is number `part`.
     """
 
@@ -119,7 +120,8 @@ def entries(model: Module, table: Table) -> list[Entry]:
         stacked = variable.shape[: names.name.count("{}")]
         flat, order = _layout(layer, place, variable.shape[len(stacked) :])
         if names.order is not None:
-            flat, order = variable.shape[len(stacked) :], names.order
+            flat = flat if len(flat) == len(names.order) else variable.shape[len(stacked) :]
+            order = names.order
         found.append(Entry(place, variable, names, stacked, flat, order))
     return found
 

@@ -19,16 +19,17 @@ from batiste.graph.errors import ArgumentError
 
 from .bert import BERT, BERTS, Bert, load_bert, save_bert
 from .clip import CLIP, CLIPS, Clip, load_clip, save_clip
-from .configs import DECODERS
+from .configs import DECODERS, GEMMAS, GPT2S, MIXTRALS, QWEN3_MOES
 from .convnext import CONVNEXT, CONVNEXTS, ConvNext, load_convnext, save_convnext
 from .decoder import Decoder
 from .efficientnet import EFFICIENTNET, EFFICIENTNETS, EfficientNet, load_efficientnet, save_efficientnet
 from .files import open_weights, read_json
+from .kinds import GEMMA, GPT2, LLAMA, MIXTRAL, QWEN3_MOE
 from .mapping import Table, entries
 from .resnet import RESNET, RESNETS, ResNet, load_resnet, save_resnet
 from .tensors import WeightsError
 from .vit import VIT, VITS, Vit, load_vit, save_vit
-from .weights import LLAMA, load_decoder, save_decoder
+from .weights import load_decoder, save_decoder
 from .whisper import WHISPER, WHISPERS, Whisper, load_whisper, save_whisper
 
 
@@ -80,6 +81,14 @@ ARCHITECTURES = {
         Architecture("decoder", "language models: Llama, Mistral, Qwen2, Qwen3, SmolLM2, PaLM's blocks",
                      Decoder, DECODERS, LLAMA, load_decoder, save_decoder,
                      ("llama", "mistral", "qwen2", "qwen3"), _tokens),
+        Architecture("gpt2", "language models: GPT-2", Decoder, GPT2S, GPT2, load_decoder, save_decoder,
+                     ("gpt2",), _tokens),
+        Architecture("gemma", "language models: Gemma 2, and Gemma 3 of text", Decoder, GEMMAS, GEMMA,
+                     load_decoder, save_decoder, ("gemma2", "gemma3_text"), _tokens),
+        Architecture("mixtral", "language models with experts: Mixtral", Decoder, MIXTRALS, MIXTRAL,
+                     load_decoder, save_decoder, ("mixtral",), _tokens),
+        Architecture("qwen3-moe", "language models with experts: Qwen3-MoE", Decoder, QWEN3_MOES, QWEN3_MOE,
+                     load_decoder, save_decoder, ("qwen3_moe",), _tokens),
         Architecture("bert", "encoders of text: BERT, MiniLM, sentence encoders", Bert, BERTS, BERT,
                      load_bert, save_bert, ("bert",), _tokens),
         Architecture("efficientnet", "classifiers of images: EfficientNet-Lite 0 to 4", EfficientNet, EFFICIENTNETS,

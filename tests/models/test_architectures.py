@@ -11,8 +11,8 @@ import transformers
 
 from batiste import nnx
 from batiste.models import Decoder, DecoderConfig, Stretch, generate
+from batiste.models.kinds import LLAMA, settings_of
 from batiste.models.mapping import entries
-from batiste.models.weights import LLAMA, settings_of
 
 SMALL = DecoderConfig(vocab=64, features=32, layers=2, heads=4, kv_heads=2, hidden=48, context=256)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24))

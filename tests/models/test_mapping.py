@@ -28,9 +28,10 @@ from batiste.models import (
     save_decoder,
 )
 from batiste.models.bert import BERT
+from batiste.models.kinds import HUGGING_FACE
 from batiste.models.mapping import check, entries, load, save
 from batiste.models.safetensors import of_arrays, write_safetensors
-from batiste.models.weights import GGUF, HUGGING_FACE
+from batiste.models.weights import GGUF
 
 from .packages import minilm, place
 

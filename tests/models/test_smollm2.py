@@ -13,8 +13,8 @@ import transformers
 
 from batiste import nnx
 from batiste.models import Decoder, generate, load_decoder
+from batiste.models.kinds import LLAMA, settings_of
 from batiste.models.mapping import entries
-from batiste.models.weights import LLAMA, settings_of
 
 from .packages import place
 

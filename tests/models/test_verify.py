@@ -15,8 +15,8 @@ from batiste import nnx
 from batiste.graph.errors import ArgumentError
 from batiste.models import DECODERS, Bert, Decoder, activations, load_bert, load_decoder, save_decoder
 from batiste.models.bert import BERT
+from batiste.models.kinds import LLAMA
 from batiste.models.verify import torch_activations, verify
-from batiste.models.weights import LLAMA
 
 from .test_bert import SMALL, theirs
 

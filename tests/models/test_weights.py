@@ -24,9 +24,10 @@ from batiste.models import (
     open_safetensors,
     save_decoder,
 )
+from batiste.models.kinds import HUGGING_FACE, LLAMA, settings_of
 from batiste.models.mapping import entries
 from batiste.models.safetensors import INDEX, Spec, of_arrays, write_safetensors
-from batiste.models.weights import GGUF, HUGGING_FACE, LLAMA, settings_of
+from batiste.models.weights import GGUF
 
 SMALL = DecoderConfig(vocab=32, features=16, layers=2, heads=4, kv_heads=2, hidden=24)
 CHOICES = {
@@ -75,7 +76,7 @@ def test_with_a_plan_each_value_goes_to_its_place(tmp_path: Path) -> None:
 
 
 def test_what_their_names_cannot_say_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no architecture of the Llama tree"):
+    with pytest.raises(WeightsError, match="no published architecture has these choices"):
         save_decoder(make(parallel=True), tmp_path)
 
 
