@@ -22,8 +22,8 @@ import transformers
 
 from batiste.models import load_decoder
 from batiste.models.generation import begun, stream
+from batiste.models.kinds import LLAMA, settings_of
 from batiste.models.mapping import entries
-from batiste.models.weights import LLAMA, settings_of
 
 
 def smollm2() -> Path:
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    model = load_decoder(smollm2())
+    model = load_decoder(smollm2(), apart=True)
     other = theirs(model)
     prompt = np.random.default_rng(0).integers(0, model.config.vocab, args.prompt)
     row = torch.tensor(prompt[None])
