@@ -34,6 +34,25 @@ LINE = 1 << 20  # bytes of a line, at most
 PAUSE, LONGEST = 0.25, 30.0  # seconds before an engine that died at once is started again: twice as many each time
 
 
+def line(**told: Any) -> bytes:
+    """As it goes through the socket."""
+    return json.dumps(told, default=os.fspath).encode() + b"\n"
+
+
+def first_line(target: str, options: Mapping[str, Any]) -> bytes:
+    """What a process is to load.
+
+    Raises:
+        ArgumentError: an option cannot be told.
+    """
+    sent = {name: {"hex": x.hex()} if isinstance(x, bytes) else x for name, x in options.items()}
+    try:
+        return line(target=target, options=sent, path=sys.path, level=logging.getLogger().getEffectiveLevel())
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("An option cannot be told to another process", at=target, got=str(error),
+                            expected="what JSON can say, paths, bytes") from None  # fmt: skip
+
+
 class Engine:
     """One process, from its start to its end.
 
@@ -41,7 +60,7 @@ class Engine:
         OSError: it cannot be started.
     """
 
-    def __init__(self, target: str, options: Mapping[str, Any], path: list[str], patience: float):
+    def __init__(self, started: bytes, patience: float):
         own, other = socket.socketpair()
         memory = nameless()
         with other:
@@ -51,12 +70,27 @@ class Engine:
         self.region, self._socket, self._rest = Region(memory), own, b""
         self._busy = threading.Lock()
         own.settimeout(patience)
-        sent = {name: {"hex": x.hex()} if isinstance(x, bytes) else x for name, x in options.items()}
-        level = logging.getLogger().getEffectiveLevel()
-        self._say(target=target, options=sent, path=path, level=level)
+        self._started = started
 
-    def _say(self, **told: Any) -> None:
-        self._socket.sendall(json.dumps(told, default=os.fspath).encode() + b"\n")
+    def loaded(self) -> dict[str, Any]:
+        """What it has loaded.
+
+        Raises:
+            Died, OSError: it did not come so far.
+            ArgumentError: it could not.
+        """
+        self._socket.sendall(self._started)
+        return self._succeeded(self.heard())
+
+    def warm(self) -> None:
+        """The same, of running every combination of buckets."""
+        self._socket.sendall(line(warm=True))
+        self._succeeded(self.heard())
+
+    def _succeeded(self, told: dict[str, Any]) -> dict[str, Any]:
+        if "failed" in told:
+            raise ArgumentError("The model could not be loaded", got=told["failed"])
+        return told
 
     def heard(self) -> dict[str, Any]:
         """What it says next.
@@ -73,16 +107,12 @@ class Engine:
             if not part or len(self._rest) > LINE:
                 raise Died("The engine's process ended")
             self._rest += part
-        line, _, self._rest = self._rest.partition(b"\n")
+        text, _, self._rest = self._rest.partition(b"\n")
         try:
-            return dict(json.loads(line))
+            return dict(json.loads(text))
         except (ValueError, TypeError):
             self.process.kill()
             raise Died("The engine said what cannot be understood") from None
-
-    def warm(self) -> dict[str, Any]:
-        self._say(warm=True)
-        return self.heard()
 
     def run(self, arrays: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], int]:
         """The outputs, and how many programs it has.
@@ -95,7 +125,7 @@ class Engine:
         with self._busy:
             layout, end = self.region.put(arrays)
             self._socket.settimeout(None)
-            self._say(arrays=layout, end=end)
+            self._socket.sendall(line(arrays=layout, end=end))
             told = self.heard()
             if "failed" in told:
                 raise RuntimeError(f"the model raised {told['failed']}; see above")
@@ -128,13 +158,14 @@ class Apart:
         patience: seconds that loading, and then warming, may take.
 
     Raises:
-        ArgumentError: no servable could be made.
+        ArgumentError: no servable could be made, or the options cannot be told to another process.
 
     told: is called with each death: "hung", the signal, or the exit code.
     """
 
     def __init__(self, target: str, options: Mapping[str, Any], patience: float = 600.0):
-        self.target, self.options, self.path, self.patience = target, options, list(sys.path), patience
+        self.target, self.patience = target, patience
+        self._start_with = first_line(target, options)
         self.told: Callable[[str], None] = lambda why: None
         self.about: dict[str, Any] = {}
         self.programs = self.deaths = 0
@@ -223,12 +254,12 @@ class Apart:
             engine, problem = None, ""
             begun = time.monotonic()
             try:
-                engine = self._newest = Engine(self.target, self.options, self.path, self.patience)
+                engine = self._newest = Engine(self._start_with, self.patience)
                 self._begin(engine)
                 self._start = time.monotonic() - begun
                 engine.process.wait()
-            except (ArgumentError, Died, OSError) as error:
-                problem = str(error)
+            except Exception as error:  # whatever it is: the next one may come up
+                problem = str(error) or type(error).__name__
             self._fallen(engine)
             why = engine.buried() if engine is not None else "was not started"
             if self._closed or not self.about:
@@ -254,9 +285,7 @@ class Apart:
             Died, OSError: it did not come so far.
             ArgumentError: it could not load its servable, or that is another one now.
         """
-        about = engine.heard()
-        if "failed" in about:
-            raise ArgumentError("The model could not be loaded", got=about["failed"])
+        about = engine.loaded()
         if not self.about:
             if keys := [name for name, (_, dtype, _) in about["inputs"].items() if dtype.startswith("key<")]:
                 raise ArgumentError("Random keys do not go to another process", got=", ".join(keys))

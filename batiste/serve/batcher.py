@@ -165,6 +165,7 @@ class Batcher:
                 item.refuse(Refusal(503, "The server is closing", after=1.0))
             self.line.clear()
         self.servable.close()
+        self._thread.join(0.5)  # one that is in the middle of XLA's code when Python ends can take it along
 
     def _suspect_waiting(self) -> None:
         with self.changed:
@@ -180,7 +181,8 @@ class Batcher:
     def _start(self) -> None:
         self._worker += 1
         arguments = (self._worker,)
-        threading.Thread(target=self._work, args=arguments, name=self.servable.name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, args=arguments, name=self.servable.name, daemon=True)
+        self._thread.start()
 
     def _work(self, number: int) -> None:
         while self._engine_up() and (items := self._take(number)):

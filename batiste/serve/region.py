@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import mmap
 import os
@@ -13,6 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from batiste.graph.optional import need
 
 ALIGN = 64  # bytes at which XLA takes an array as it is
 Layout = dict[str, tuple[str, list[int], int]]  # name -> dtype, shape, offset
@@ -73,6 +74,7 @@ def nameless() -> int:
     """A file of memory (where there is none, of disk) that is gone with the last process that has it open."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("batiste", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl = need("fcntl", extra="serve")  # which other systems do not have
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # to read what was cut off would end the process
         return file
     with tempfile.TemporaryFile() as file:

@@ -153,6 +153,8 @@ def test_nobody_is_admitted_who_could_not_wait_for_the_next_engine(batcher: Batc
 def test_what_cannot_be_started_says_why() -> None:
     with pytest.raises(ArgumentError, match="has no attribute 'modell'"):
         Servable.in_process("tests.serve.stub:modell")
+    with pytest.raises(ArgumentError, match="cannot be told to another process"):
+        Servable.in_process("tests.serve.stub:model", seconds=object())
 
 
 class Short:
@@ -169,7 +171,7 @@ class Short:
         self.process, self.over = self, threading.Event()
         self.begun.append(time.monotonic())
 
-    def heard(self) -> dict[str, Any]:
+    def loaded(self) -> dict[str, Any]:
         return self.about | (self.others.pop(0) if self.others else {})
 
     def warm(self) -> None:

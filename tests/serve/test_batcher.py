@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import wait
 from typing import Any
@@ -60,6 +61,40 @@ def test_one_that_hangs_is_given_up_and_the_others_are_answered() -> None:
     batcher.close()
 
 
+def test_waiting_rows_are_taken_so_that_all_are_done_soonest() -> None:
+    batcher = Batcher(model())
+    for costs, rows, expected in (
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 3, 2),  # by the row: no padding is worth it
+        ({1: 1.0, 4: 1.1}, 3, 4),  # by the batch: padding costs nothing
+        ({1: 1.0, 4: 4.0, 16: 16.0}, 15, 4),
+        ({1: 1.0, 4: 4.0, 16: 10.0}, 15, 16),
+        ({1: 1.0, 4: 4.0}, 4, 4),
+        ({}, 3, 3),  # nothing has been measured
+    ):
+        batcher.costs = costs
+        assert batcher._worth(rows) == expected, (costs, rows)
+    batcher.close(1)
+
+
+def test_a_line_that_fits_no_size_is_not_padded_where_that_costs_more() -> None:
+    sizes: list[int] = []
+
+    def run(x: np.ndarray) -> dict[str, np.ndarray]:
+        sizes.append(len(x))
+        time.sleep(0.01 * len(x))
+        return {"y": x}
+
+    spec = {"x": "float32[batch, 4]"}, {"y": "float32[batch, 4]"}
+    batcher = Batcher(Servable.of_function(run, spec, "slow", buckets={"batch": (1, 4, 16)}))
+    batcher.warm()
+    sizes.clear()
+    first = batcher.submit(rows(0.0, 4), 10)  # while it is computed, five wait
+    items = [batcher.submit(rows(float(i)), 10) for i in range(5)]
+    assert [status(item) for item in (first, *items)] == [200] * 6
+    assert sizes == [4, 4, 1]
+    batcher.close(1)
+
+
 def test_who_cannot_be_answered_in_time_is_refused_at_once() -> None:
     batcher = Batcher(model(0.05), waiting=8)
     batcher.warm()
@@ -108,9 +143,10 @@ def test_an_answer_is_the_same_alone_and_in_company() -> None:
     served = Servable.of_function(
         lambda x: net(x), ({"x": "float32[batch, 4]"}, {"y": "float32[batch, 16]"}), "net", buckets={"batch": (8,)}
     )
-    batcher = Batcher(served, linger=0.02)
+    count = 1000 if os.environ.get("BATISTE_FAULTS") == "long" else 60
+    batcher = Batcher(served, linger=0.02, waiting=3 * count)
     random = np.random.default_rng(0)
-    inputs = [{"x": random.normal(size=(1 + i % 3, 4)).astype(np.float32)} for i in range(60)]
+    inputs = [{"x": random.normal(size=(1 + i % 3, 4)).astype(np.float32)} for i in range(count)]
     items = [batcher.submit(x, 10) for x in inputs]
     wait([item.future for item in items])
     for x, item in zip(inputs, items):
