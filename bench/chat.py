@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens a second do slots give, beside answering the same requests one after another with `generate`?
 
-Greedy answers of equal length to prompts of several lengths, in float32; everything is compiled before the clock runs.
+Greedy answers of equal length to prompts of several lengths, in float32, layers apart; everything is compiled before the clock runs.
 Each round asks all requests of every contender; at most so many at a time are with the engine.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
 
     random, most = np.random.default_rng(0), args.length - args.tokens
-    model = Decoder(DECODERS[args.model], rngs=Rngs(0))
+    model = Decoder(DECODERS[args.model], rngs=Rngs(0)).apart()
     sizes = [max(1, most * (1 + i % 4) // 4) for i in range(args.requests)]
     prompts = [random.integers(0, model.config.vocab, size).tolist() for size in sizes]
     engines = {n: Engine(Slots(model, count=n, length=args.length, pieces=(32,)), waiting=args.requests)
