@@ -91,7 +91,7 @@ def test_a_line_that_fits_no_size_is_not_padded_where_that_costs_more() -> None:
     first = batcher.submit(rows(0.0, 4), 10)  # while it is computed, five wait
     items = [batcher.submit(rows(float(i)), 10) for i in range(5)]
     assert [status(item) for item in (first, *items)] == [200] * 6
-    assert sizes == [4, 4, 1]
+    assert sorted(sizes) == [1, 4, 4]
     batcher.close(1)
 
 
