@@ -218,14 +218,14 @@ class MultiHeadAttention(Module):
                 if jnp.ndim(inputs_q) > 1
                 else "add the missing dims",
             )
-        self._check_keys(inputs_k, inputs_v)
+        _check_keys(self, inputs_k, inputs_v)
         q = self.query(inputs_q, out_sharding=qkv_sharding)
         k = self.key(inputs_k, out_sharding=qkv_sharding)
         v = self.value(inputs_v, out_sharding=qkv_sharding)
         if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
         if decided(self, "decode", decode, self.decode):
-            k, v, mask = self._remembered(q, k, v, mask)
+            k, v, mask = _remembered(self, q, k, v, mask)
             is_causal = False  # the mask of the cache says what has been seen
 
         if self.attention_fn is dot_product_attention:
@@ -237,7 +237,7 @@ class MultiHeadAttention(Module):
             k,
             v,
             mask=mask,
-            dropout_rng=self._dropout_key(rngs) if drop else None,
+            dropout_rng=_dropout_key(self, rngs) if drop else None,
             dropout_rate=self.dropout_rate,
             broadcast_dropout=self.broadcast_dropout,
             deterministic=not drop,
@@ -247,22 +247,6 @@ class MultiHeadAttention(Module):
             is_causal=is_causal,
         )
         return self.out(y, out_sharding=out_sharding)
-
-    def _check_keys(self, inputs_k: Array, inputs_v: Array) -> None:
-        for inputs in (inputs_k, inputs_v):
-            check_last_dim(self, inputs, self.in_kv_features, "in_kv_features")
-
-    def _dropout_key(self, rngs: Any) -> Array:
-        rngs = self.rngs if rngs is None else rngs
-        if rngs is None:
-            raise RngError("'rngs' must be provided to __call__ of a MultiHeadAttention with keep_rngs=False", at=self,
-                           fix="pass rngs=nnx.Rngs(dropout=0) to the call, or deterministic=True")  # fmt: skip
-        if isinstance(rngs, Rngs):
-            return rngs["dropout"]()
-        if isinstance(rngs, RngStream):
-            return rngs()
-        raise RngTypeError("rngs must be a Rngs or RngStream for MultiHeadAttention", at=self,
-                           got=type(rngs).__name__, fix="pass nnx.Rngs(dropout=0)")  # fmt: skip
 
     # ------------------------------------------------------------ decoding
     def init_cache(self, input_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> None:
@@ -283,24 +267,6 @@ class MultiHeadAttention(Module):
         self.cached_key = make(Cache, initializers.zeros, shape, dtype)
         self.cached_value = make(Cache, initializers.zeros, shape, dtype)
         self.cache_index = make(Cache, initializers.zeros, (), jnp.int32)
-
-    def _remembered(self, q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
-        """Writes one position into the cache; gives all keys and values, and the mask of those that are written."""
-        if self.cached_key is None or self.cached_value is None or self.cache_index is None:
-            raise ArgumentError("Autoregressive cache not initialized, call `init_cache` first", at=self,
-                                fix="call init_cache((batch, length, features)), or pass decode=False")  # fmt: skip
-        *batch, length, heads, depth = self.cached_key.shape
-        if k.shape != v.shape or k.shape != (*batch, 1, heads, depth) or q.shape[:-2] != (*batch, 1):
-            raise ShapeError("Autoregressive cache shape error: decoding takes one position per call", at=self,
-                             got=f"{k.shape[:-2]} as (batch..., length)", expected=(*batch, 1),
-                             fix="pass one position, or call init_cache for the new batch")  # fmt: skip
-        index = self.cache_index[...]
-        for cache, new in ((self.cached_key, k), (self.cached_value, v)):
-            cache[...] = lax.dynamic_update_slice_in_dim(cache[...], new.astype(cache.dtype), index, len(batch))
-        self.cache_index[...] = index + 1
-        seen = jnp.broadcast_to(jnp.arange(length) <= index, (*batch, 1, 1, length))
-        mask = combine_masks(with_rank(mask, seen.ndim), seen, dtype=bool)
-        return self.cached_key[...], self.cached_value[...], mask
 
     def set_view(self, deterministic: bool | None = None, decode: bool | None = None,
                  batch_size: int | tuple[int, ...] | None = None, max_length: int | None = None) -> None:  # fmt: skip
@@ -325,3 +291,42 @@ class MultiHeadAttention(Module):
         if batch_size is not None and max_length is not None:
             batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
             self.init_cache((*batch, max_length, self.in_features), self.dtype or self.param_dtype)
+
+
+def _check_keys(layer: MultiHeadAttention, inputs_k: Array, inputs_v: Array) -> None:
+    for inputs in (inputs_k, inputs_v):
+        check_last_dim(layer, inputs, layer.in_kv_features, "in_kv_features")
+
+
+def _dropout_key(layer: MultiHeadAttention, rngs: Any) -> Array:
+    rngs = layer.rngs if rngs is None else rngs
+    if rngs is None:
+        raise RngError("'rngs' must be provided to __call__ of a MultiHeadAttention with keep_rngs=False", at=layer,
+                       fix="pass rngs=nnx.Rngs(dropout=0) to the call, or deterministic=True")  # fmt: skip
+    if isinstance(rngs, Rngs):
+        return rngs["dropout"]()
+    if isinstance(rngs, RngStream):
+        return rngs()
+    raise RngTypeError("rngs must be a Rngs or RngStream for MultiHeadAttention", at=layer,
+                       got=type(rngs).__name__, fix="pass nnx.Rngs(dropout=0)")  # fmt: skip
+
+
+def _remembered(
+    layer: MultiHeadAttention, q: Array, k: Array, v: Array, mask: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Writes one position into the cache; gives all keys and values, and the mask of those that are written."""
+    if layer.cached_key is None or layer.cached_value is None or layer.cache_index is None:
+        raise ArgumentError("Autoregressive cache not initialized, call `init_cache` first", at=layer,
+                            fix="call init_cache((batch, length, features)), or pass decode=False")  # fmt: skip
+    *batch, length, heads, depth = layer.cached_key.shape
+    if k.shape != v.shape or k.shape != (*batch, 1, heads, depth) or q.shape[:-2] != (*batch, 1):
+        raise ShapeError("Autoregressive cache shape error: decoding takes one position per call", at=layer,
+                         got=f"{k.shape[:-2]} as (batch..., length)", expected=(*batch, 1),
+                         fix="pass one position, or call init_cache for the new batch")  # fmt: skip
+    index = layer.cache_index[...]
+    for cache, new in ((layer.cached_key, k), (layer.cached_value, v)):
+        cache[...] = lax.dynamic_update_slice_in_dim(cache[...], new.astype(cache.dtype), index, len(batch))
+    layer.cache_index[...] = index + 1
+    seen = jnp.broadcast_to(jnp.arange(length) <= index, (*batch, 1, 1, length))
+    mask = combine_masks(with_rank(mask, seen.ndim), seen, dtype=bool)
+    return layer.cached_key[...], layer.cached_value[...], mask

@@ -110,32 +110,46 @@ class Cell(RNNCellBase):
                           "with different functions are different programs.", UserWarning, stacklevel=3)  # fmt: skip
         self.carry_init = carry_init
 
-    def _first(self, count: int, input_shape: tuple[int, ...], rngs: Any, carry_init: Any) -> list[Array]:
-        """`count` arrays (B…, hidden), each from a key of its own, for inputs of shape (B…, features).
 
-        Raises:
-            RngError: there is no stream.
-        """
-        stream = carry_stream(self, rngs if rngs is not None else self.rngs)
-        if stream is None:
-            raise RngError("RNGs must be provided to initialize the cell carry", at=self,
-                           fix="pass rngs=nnx.Rngs(0) to initialize_carry, or to the call of the RNN")  # fmt: skip
-        init = carry_init or self.carry_init or initializers.zeros
-        shape = (*input_shape[:-1], self.hidden_features)
-        return [init(stream(), shape, self.param_dtype) for _ in range(count)]
+def _first(cell: Cell, count: int, input_shape: tuple[int, ...], rngs: Any, carry_init: Any) -> list[Array]:
+    """`count` arrays (B…, hidden), each from a key of its own, for inputs of shape (B…, features).
 
-    def check(self, carry: Any, inputs: Any) -> None:
-        """Raises a ShapeError unless inputs and states are (B…, in_features) and (B…, hidden_features)."""
-        self._check(inputs, carry)
+    Raises:
+        RngError: there is no stream.
+    """
+    stream = carry_stream(cell, rngs if rngs is not None else cell.rngs)
+    if stream is None:
+        raise RngError("RNGs must be provided to initialize the cell carry", at=cell,
+                       fix="pass rngs=nnx.Rngs(0) to initialize_carry, or to the call of the RNN")  # fmt: skip
+    init = carry_init or cell.carry_init or initializers.zeros
+    shape = (*input_shape[:-1], cell.hidden_features)
+    return [init(stream(), shape, cell.param_dtype) for _ in range(count)]
 
-    def _check(self, inputs: Any, *states: Array) -> None:
-        check_last_dim(self, inputs, self.in_features, "in_features")
-        for state in states:
-            shape = jnp.shape(state)
-            if not shape or shape[-1] != self.hidden_features or not _broadcasts(shape[:-1], inputs.shape[:-1]):
-                raise ShapeError(f"{type(self).__name__} got a wrong carry", at=self, got=shape,
-                                 expected=(*inputs.shape[:-1], self.hidden_features),
-                                 fix="take it from initialize_carry for inputs of this shape")  # fmt: skip
+
+def check_carry(cell: Cell, carry: Any, inputs: Any) -> None:
+    """Raises a ShapeError unless inputs and states are (B…, in_features) and (B…, hidden_features)."""
+    (_pair if isinstance(cell, _LSTM) else _fits)(cell, carry, inputs)
+
+
+def _pair(cell: Cell, carry: Any, inputs: Array) -> tuple[Array, Array]:
+    """The states c and h of an LSTM."""
+    try:
+        c, h = carry
+    except (TypeError, ValueError):
+        raise StructureError(f"{type(cell).__name__} got a wrong carry", at=cell, got=jax.tree.structure(carry),
+                             expected="a pair (c, h)", fix="take it from initialize_carry") from None  # fmt: skip
+    _fits(cell, c, inputs)
+    _fits(cell, h, inputs)
+    return c, h
+
+
+def _fits(cell: Cell, state: Any, inputs: Any) -> None:
+    check_last_dim(cell, inputs, cell.in_features, "in_features")
+    shape = jnp.shape(state)
+    if not shape or shape[-1] != cell.hidden_features or not _broadcasts(shape[:-1], inputs.shape[:-1]):
+        raise ShapeError(f"{type(cell).__name__} got a wrong carry", at=cell, got=shape,
+                         expected=(*inputs.shape[:-1], cell.hidden_features),
+                         fix="take it from initialize_carry for inputs of this shape")  # fmt: skip
 
 
 def _broadcasts(*shapes: tuple[int, ...]) -> bool:
@@ -152,19 +166,7 @@ class _LSTM(Cell):
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Rngs | RngStream | None = None,
                          carry_init: Initializer | None = None) -> tuple[Array, Array]:  # fmt: skip
         """The first carry (c, h), zeros by default; see `RNNCellBase`."""
-        c, h = self._first(2, input_shape, rngs, carry_init)
-        return c, h
-
-    def check(self, carry: Any, inputs: Any) -> None:
-        self._unpack(carry, inputs)
-
-    def _unpack(self, carry: Any, inputs: Array) -> tuple[Array, Array]:
-        try:
-            c, h = carry
-        except (TypeError, ValueError):
-            raise StructureError(f"{type(self).__name__} got a wrong carry", at=self, got=jax.tree.structure(carry),
-                                 expected="a pair (c, h)", fix="take it from initialize_carry") from None  # fmt: skip
-        self._check(inputs, c, h)
+        c, h = _first(self, 2, input_shape, rngs, carry_init)
         return c, h
 
 
@@ -231,7 +233,7 @@ class LSTMCell(_LSTM):
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
         """One step: ((c', h'), h')."""
-        c, h = self._unpack(carry, inputs)
+        c, h = _pair(self, carry, inputs)
         i = self.gate_fn(self.ii(inputs) + self.hi(h))
         f = self.gate_fn(self.if_(inputs) + self.hf(h))
         g = self.activation_fn(self.ig(inputs) + self.hg(h))
@@ -299,7 +301,7 @@ class OptimizedLSTMCell(_LSTM):
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
         """One step: ((c', h'), h')."""
-        c, h = self._unpack(carry, inputs)
+        c, h = _pair(self, carry, inputs)
         i, f, g, o = jnp.split(self.dense_i(inputs) + self.dense_h(h), 4, axis=-1)
         c = self.gate_fn(f) * c + self.gate_fn(i) * self.activation_fn(g)
         h = self.gate_fn(o) * self.activation_fn(c)
@@ -367,7 +369,7 @@ class GRUCell(Cell):
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """One step: (h', h')."""
         h = carry
-        self.check(h, inputs)
+        _fits(self, h, inputs)
         r_i, z_i, n_i = jnp.split(self.dense_i(inputs), 3, axis=-1)
         r_h, z_h, n_h = jnp.split(self.dense_h(h), 3, axis=-1)
         r, z = self.gate_fn(r_i + r_h), self.gate_fn(z_i + z_h)
@@ -378,7 +380,7 @@ class GRUCell(Cell):
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Rngs | RngStream | None = None,
                          carry_init: Initializer | None = None) -> Array:  # fmt: skip
         """The first carry h, zeros by default; see `RNNCellBase`."""
-        return self._first(1, input_shape, rngs, carry_init)[0]
+        return _first(self, 1, input_shape, rngs, carry_init)[0]
 
 
 class SimpleCell(Cell):
@@ -439,7 +441,7 @@ class SimpleCell(Cell):
 
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """One step: (h', h')."""
-        self.check(carry, inputs)
+        _fits(self, carry, inputs)
         h = self.dense_i(inputs) + self.dense_h(carry)
         h = self.activation_fn(h + carry if self.residual else h)
         return h, h
@@ -447,4 +449,4 @@ class SimpleCell(Cell):
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Rngs | RngStream | None = None,
                          carry_init: Initializer | None = None) -> Array:  # fmt: skip
         """The first carry h, zeros by default; see `RNNCellBase`."""
-        return self._first(1, input_shape, rngs, carry_init)[0]
+        return _first(self, 1, input_shape, rngs, carry_init)[0]

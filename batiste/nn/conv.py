@@ -199,13 +199,6 @@ class Conv(Module):
     def _bias_shape(self, out_features: int) -> tuple[int, ...]:
         return (out_features,)
 
-    def _features_in(self, kernel: Array) -> int:
-        """How many features of an input the kernel is for."""
-        return kernel.shape[-2] * self.feature_group_count
-
-    def _convolve(self, *args: Any, **options: Any) -> Array:
-        return self.conv_general_dilated(*args, **options)
-
     def _check_settings(self) -> None:
         rank = len(self.kernel_size)
         _known_padding(self, self.padding, rank, (*WRAPPED, "CAUSAL"))
@@ -221,28 +214,33 @@ class Conv(Module):
                                 fix="give padding as numbers or pairs (low, high), or use ConvTranspose")  # fmt: skip
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
-        kernel = _masked(self, self.kernel[...], self.mask)
-        x, kernel, bias = self.promote_dtype((inputs, kernel, value_of(self.bias)), dtype=self.dtype)
-        rank = len(self.kernel_size)
-        x, batch = _flat_batch(self, x, rank)
-        check_last_dim(self, x, self._features_in(kernel), "in_features")
-        dilation = _per_dim(self, "kernel_dilation", self.kernel_dilation, rank)
-        x, padding = _pad(x, canonicalize_padding(self.padding, rank), self.kernel_size, dilation)
-        y = self._convolve(
-            x,
-            kernel,
-            _per_dim(self, "strides", self.strides, rank),
-            padding,
-            lhs_dilation=_per_dim(self, "input_dilation", self.input_dilation, rank),
-            rhs_dilation=dilation,
-            dimension_numbers=_channels_last(rank),
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            out_sharding=out_sharding,
-            **output_dtype(self.preferred_element_type),
-        )
-        y = add_bias(y, bias)
-        return y if len(batch) == 1 else y.reshape(batch + y.shape[1:])
+        return _convolved(self, inputs, self.conv_general_dilated, out_sharding)
+
+
+def _convolved(layer: Conv, inputs: Array, convolve: Callable[..., Array], out_sharding: Any, window: int = 1) -> Array:
+    """What `layer` computes by `convolve`, whose kernel has `window` rows for each input feature of a group."""
+    kernel = _masked(layer, layer.kernel[...], layer.mask)
+    x, kernel, bias = layer.promote_dtype((inputs, kernel, value_of(layer.bias)), dtype=layer.dtype)
+    rank = len(layer.kernel_size)
+    x, batch = _flat_batch(layer, x, rank)
+    check_last_dim(layer, x, kernel.shape[-2] * layer.feature_group_count // window, "in_features")
+    dilation = _per_dim(layer, "kernel_dilation", layer.kernel_dilation, rank)
+    x, padding = _pad(x, canonicalize_padding(layer.padding, rank), layer.kernel_size, dilation)
+    y = convolve(
+        x,
+        kernel,
+        _per_dim(layer, "strides", layer.strides, rank),
+        padding,
+        lhs_dilation=_per_dim(layer, "input_dilation", layer.input_dilation, rank),
+        rhs_dilation=dilation,
+        dimension_numbers=_channels_last(rank),
+        feature_group_count=layer.feature_group_count,
+        precision=layer.precision,
+        out_sharding=out_sharding,
+        **output_dtype(layer.preferred_element_type),
+    )
+    y = add_bias(y, bias)
+    return y if len(batch) == 1 else y.reshape(batch + y.shape[1:])
 
 
 def _check_sizes(layer: Module, in_features: int, out_features: int, kernel_size: tuple[int, ...]) -> None:
@@ -311,13 +309,13 @@ class ConvLocal(Conv):
     def _bias_shape(self, out_features: int) -> tuple[int, ...]:
         return (*self.out_sizes, out_features)
 
-    def _features_in(self, kernel: Array) -> int:
-        return kernel.shape[-2] // math.prod(self.kernel_size)
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        def convolve(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+            known = ("lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
+            options = {name: options[name] for name in known}
+            return self.conv_general_dilated(x, kernel, *args, filter_shape=self.kernel_size, **options)
 
-    def _convolve(self, x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
-        known = ("lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
-        options = {name: options[name] for name in known}
-        return self.conv_general_dilated(x, kernel, *args, filter_shape=self.kernel_size, **options)
+        return _convolved(self, inputs, convolve, out_sharding, window=math.prod(self.kernel_size))
 
 
 class ConvTranspose(Module):

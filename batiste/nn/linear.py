@@ -217,7 +217,7 @@ class LinearGeneral(Module):
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], value_of(self.bias)), dtype=self.dtype)
         n_batch, n_in, n_out = len(self.batch_axis), len(self.axis), len(self.out_features)
-        axis = self._contracted(x, kernel)
+        axis = _contracted(self, x, kernel)
         batch = tuple(range(n_batch))
         dims = ((axis, tuple(range(n_batch, n_batch + n_in))), (batch, batch))
         product = self.dot_general_cls() if self.dot_general_cls is not None else self.dot_general or lax.dot_general
@@ -228,18 +228,19 @@ class LinearGeneral(Module):
         kept = y.ndim - n_batch - n_out
         return y + bias.reshape(bias.shape[:n_batch] + (1,) * kept + bias.shape[n_batch:])
 
-    def _contracted(self, x: Array, kernel: Array) -> tuple[int, ...]:
-        """The dims of `x` that are summed over, in ascending order, once they are known to fit the kernel."""
-        n_batch = len(self.batch_axis)
-        axis = tuple(sorted(a % max(x.ndim, 1) for a in self.axis))
-        dims = (*range(n_batch), *axis)
-        inside = all(-x.ndim <= a < x.ndim for a in self.axis) and n_batch <= x.ndim
-        if not inside or len(set(dims)) < len(dims) or tuple(x.shape[d] for d in dims) != kernel.shape[: len(dims)]:
-            wanted = {**self.batch_axis, **dict(zip(self.axis, self.in_features))}
-            raise ShapeError("LinearGeneral got an input that does not fit its kernel", at=self, got=x.shape,
-                             expected=", ".join(f"dim {dim} of size {size}" for dim, size in wanted.items()),
-                             fix="transpose the input, or change in_features, axis or batch_axis")  # fmt: skip
-        return axis
+
+def _contracted(layer: LinearGeneral, x: Array, kernel: Array) -> tuple[int, ...]:
+    """The dims of `x` that are summed over, in ascending order, once they are known to fit the kernel."""
+    n_batch = len(layer.batch_axis)
+    axis = tuple(sorted(a % max(x.ndim, 1) for a in layer.axis))
+    dims = (*range(n_batch), *axis)
+    inside = all(-x.ndim <= a < x.ndim for a in layer.axis) and n_batch <= x.ndim
+    if not inside or len(set(dims)) < len(dims) or tuple(x.shape[d] for d in dims) != kernel.shape[: len(dims)]:
+        wanted = {**layer.batch_axis, **dict(zip(layer.axis, layer.in_features))}
+        raise ShapeError("LinearGeneral got an input that does not fit its kernel", at=layer, got=x.shape,
+                         expected=", ".join(f"dim {dim} of size {size}" for dim, size in wanted.items()),
+                         fix="transpose the input, or change in_features, axis or batch_axis")  # fmt: skip
+    return axis
 
 
 def _as_matrix(init: Initializer, split: int) -> Initializer:

@@ -73,13 +73,10 @@ def _affine(y: Array, scale: Array | None, bias: Array | None, shape: tuple[int,
     return y if bias is None else y + bias.reshape(shape)
 
 
-class _Normalizing(Module):
-    """What the layers share: the precision that moments are taken in."""
-
-    force_float32_reductions = True  # the functional face lets its layers turn it off
-
-    def _wide(self, x: Array) -> Array:
-        return x.astype(jnp.promote_types(jnp.float32, x.dtype)) if self.force_float32_reductions else x
+def _wide(layer: Any, x: Array) -> Array:
+    """`x` in the precision that moments are taken in, at least float32 unless the layer says otherwise."""
+    wide = getattr(layer, "force_float32_reductions", True)  # which the functional face lets its layers turn off
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype)) if wide else x
 
 
 def _selection(mask: Any, x: Array) -> Array | None:
@@ -88,7 +85,7 @@ def _selection(mask: Any, x: Array) -> Array | None:
 
 
 # ---------------------------------------------------------------- the layers
-class BatchNorm(_Normalizing):
+class BatchNorm(Module):
     """y[..., c] = (x[..., c] - mean[c]) / √(var[c] + ε) * scale[c] + bias[c]
 
     In training the moments are the batch's, over all dims but `axis`, and the stored ones follow them:
@@ -168,11 +165,11 @@ class BatchNorm(_Normalizing):
         features = _dims(self, "axis", self.axis, x.ndim)
         shape = _feature_shape(self, x, features, self.num_features)
         if stored:
-            factor = lax.rsqrt(self._wide(var) + self.epsilon).reshape(shape)
-            return _affine((self._wide(x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
+            factor = lax.rsqrt(_wide(self, var) + self.epsilon).reshape(shape)
+            return _affine((_wide(self, x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
         dims = tuple(dim for dim in range(x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, mean, var = normalize(average, self._wide(x), _selection(mask, x))
+        y, mean, var = normalize(average, _wide(self, x), _selection(mask, x))
         for statistic, new in ((self.mean, mean), (self.var, var)):
             followed = self.momentum * statistic[...] + (1 - self.momentum) * new.reshape(self.num_features)
             statistic.set_value(lax.stop_gradient(followed))  # as it is: a complex mean stays one
@@ -188,7 +185,7 @@ class BatchNorm(_Normalizing):
             self.use_running_average = use_running_average
 
 
-class LayerNorm(_Normalizing):
+class LayerNorm(Module):
     """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over the features of each entry
 
     Args:
@@ -257,11 +254,11 @@ class LayerNorm(_Normalizing):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, self._wide(x), _selection(mask, x))
+        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x))
         return _affine(y, scale, bias, shape).astype(dtype)
 
 
-class RMSNorm(_Normalizing):
+class RMSNorm(Module):
     """y = x / √(E[x²] + ε) * scale, the mean square over the features of each entry
 
     Args:
@@ -325,11 +322,11 @@ class RMSNorm(_Normalizing):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, False,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, self._wide(x), _selection(mask, x))
+        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x))
         return _affine(y, scale, None, shape).astype(dtype)
 
 
-class GroupNorm(_Normalizing):
+class GroupNorm(Module):
     """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over each group of channels of each example
 
     Args:
@@ -401,21 +398,22 @@ class GroupNorm(_Normalizing):
         last = _dims(self, "feature_axis", self.feature_axis, x.ndim)
         shape = _feature_shape(self, x, last, self.num_groups * self.group_size)
         grouped = (*x.shape[:-1], self.num_groups, self.group_size)
-        average = Average(self._grouped_dims(x.ndim), self.epsilon, True,
+        average = Average(_grouped_dims(self, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
         where = None if mask is None else jnp.broadcast_to(jnp.asarray(mask, bool), x.shape).reshape(grouped)
-        y, _, _ = normalize(average, self._wide(x).reshape(grouped), where)
+        y, _, _ = normalize(average, _wide(self, x).reshape(grouped), where)
         return _affine(y.reshape(x.shape), scale, bias, shape).astype(dtype)
 
-    def _grouped_dims(self, ndim: int) -> tuple[int, ...]:
-        """The dims to reduce once the last one is split into groups and the channels in them."""
-        chosen = tuple(range(1, ndim)) if self.reduction_axes is None else self.reduction_axes
-        dims = _dims(self, "reduction_axes", chosen, ndim)
-        if ndim - 1 not in dims:
-            raise ArgumentError("GroupNorm has to reduce the last dim, the channels", at=self,
-                                got=f"an input of {ndim} dims and reduction_axes={self.reduction_axes}",
-                                expected="the last dim among them", fix="add -1 to reduction_axes")  # fmt: skip
-        return (*dims[:-1], ndim)
+
+def _grouped_dims(layer: GroupNorm, ndim: int) -> tuple[int, ...]:
+    """The dims to reduce once the last one is split into groups and the channels in them."""
+    chosen = tuple(range(1, ndim)) if layer.reduction_axes is None else layer.reduction_axes
+    dims = _dims(layer, "reduction_axes", chosen, ndim)
+    if ndim - 1 not in dims:
+        raise ArgumentError("GroupNorm has to reduce the last dim, the channels", at=layer,
+                            got=f"an input of {ndim} dims and reduction_axes={layer.reduction_axes}",
+                            expected="the last dim among them", fix="add -1 to reduction_axes")  # fmt: skip
+    return (*dims[:-1], ndim)
 
 
 def _groups(num_features: int, num_groups: int | None, group_size: int | None) -> tuple[int, int]:
@@ -441,7 +439,7 @@ def _groups(num_features: int, num_groups: int | None, group_size: int | None) -
     )
 
 
-class InstanceNorm(_Normalizing):
+class InstanceNorm(Module):
     """y = (x - mean) / √(var + ε) * scale + bias, mean and variance over all but the batch and the channels
 
     Args:
@@ -513,5 +511,5 @@ class InstanceNorm(_Normalizing):
         shape = _feature_shape(self, x, features, self.num_features)
         dims = tuple(dim for dim in range(1, x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, _, _ = normalize(average, self._wide(x), _selection(mask, x))
+        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x))
         return _affine(y, scale, bias, shape).astype(dtype)

@@ -18,7 +18,7 @@ from batiste.graph.restream import split_rngs
 from batiste.transforms.axes import Carry, StateAxes
 from batiste.transforms.loops import scan
 
-from .cells import Cell, RNNCellBase, carry_stream
+from .cells import Cell, RNNCellBase, carry_stream, check_carry
 from .stochastic import RngTypeError, forked_stream
 
 Lengths = Array | None
@@ -106,12 +106,12 @@ class RNN(Module):
                              fix="add the time axis, of size 1 for a single step")  # fmt: skip
         time_axis = 0 if time_major else num_batch_dims
         step_shape = (*inputs.shape[:time_axis], *inputs.shape[time_axis + 1 :])
-        seq_lengths = self._checked(seq_lengths, step_shape[:num_batch_dims])
+        seq_lengths = _checked(self, seq_lengths, step_shape[:num_batch_dims])
         if initial_carry is None:
             stream = carry_stream(self, self.rngs if rngs is None else rngs)
             initial_carry = self.cell.initialize_carry(step_shape, rngs=stream)
         if isinstance(self.cell, Cell):  # here, where the model is known, and not in the loop
-            self.cell.check(initial_carry, jax.ShapeDtypeStruct(step_shape, inputs.dtype))
+            check_carry(self.cell, initial_carry, jax.ShapeDtypeStruct(step_shape, inputs.dtype))
 
         def loop(carry: Any, inputs: Any, last: Array | None, backwards: bool) -> tuple[Any, Any]:
             axes, only = self.state_axes, self.broadcast_rngs
@@ -135,17 +135,18 @@ class RNN(Module):
             keep_order=keep_order,
         )
 
-    def _checked(self, seq_lengths: Any, batch: tuple[int, ...]) -> Lengths:
-        if seq_lengths is None:
-            return None
-        lengths = jnp.asarray(seq_lengths)
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise DtypeError("RNN got lengths that are not whole numbers", at=self, got=lengths.dtype,
-                             expected="an integer dtype", fix="convert seq_lengths to int32")  # fmt: skip
-        if lengths.shape != batch:
-            raise ShapeError("RNN got lengths that do not fit the batch", at=self, got=lengths.shape, expected=batch,
-                             fix="pass one length for each sequence")  # fmt: skip
-        return lengths
+
+def _checked(layer: RNN, seq_lengths: Any, batch: tuple[int, ...]) -> Lengths:
+    if seq_lengths is None:
+        return None
+    lengths = jnp.asarray(seq_lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise DtypeError("RNN got lengths that are not whole numbers", at=layer, got=lengths.dtype,
+                         expected="an integer dtype", fix="convert seq_lengths to int32")  # fmt: skip
+    if lengths.shape != batch:
+        raise ShapeError("RNN got lengths that do not fit the batch", at=layer, got=lengths.shape, expected=batch,
+                         fix="pass one length for each sequence")  # fmt: skip
+    return lengths
 
 
 def concatenate(a: Array, b: Array) -> Array:

@@ -94,7 +94,7 @@ class Dropout(Module):
             return inputs
         if self.rate == 1:
             return jnp.zeros_like(inputs)
-        key = self._key(rngs if rngs is not None else self.rngs)
+        key = _key(self, rngs if rngs is not None else self.rngs)
         if not jnp.issubdtype(inputs.dtype, jnp.inexact):
             raise DtypeError("Dropout cannot scale whole numbers", at=self, got=inputs.dtype, expected="a float dtype",
                              fix="convert the input, or drop after the embedding")  # fmt: skip
@@ -107,20 +107,6 @@ class Dropout(Module):
             shape[dim] = 1
         return dropped(inputs, key, self.rate, shape)
 
-    def _key(self, rngs: Any) -> Array:
-        """The key of this call."""
-        if isinstance(rngs, Rngs):
-            return rngs[self.rng_collection]()
-        if isinstance(rngs, RngStream):
-            return rngs()
-        if isinstance(rngs, jax.Array):
-            return rngs
-        if rngs is None:
-            raise RngError("`deterministic` is False, but no `rngs` argument was provided to Dropout", at=self,
-                           fix="pass rngs=nnx.Rngs(0) to the constructor or call, or set deterministic")  # fmt: skip
-        raise RngTypeError("rngs must be a Rngs, RngStream or jax.Array for Dropout", at=self,
-                           got=type(rngs).__name__, fix="pass nnx.Rngs(0) or jax.random.key(0)")  # fmt: skip
-
     def set_view(self, deterministic: bool | None = None) -> None:
         """The options of this layer for `nnx.view`.
 
@@ -129,3 +115,18 @@ class Dropout(Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
+
+
+def _key(layer: Dropout, rngs: Any) -> Array:
+    """The key of this call."""
+    if isinstance(rngs, Rngs):
+        return rngs[layer.rng_collection]()
+    if isinstance(rngs, RngStream):
+        return rngs()
+    if isinstance(rngs, jax.Array):
+        return rngs
+    if rngs is None:
+        raise RngError("`deterministic` is False, but no `rngs` argument was provided to Dropout", at=layer,
+                       fix="pass rngs=nnx.Rngs(0) to the constructor or call, or set deterministic")  # fmt: skip
+    raise RngTypeError("rngs must be a Rngs, RngStream or jax.Array for Dropout", at=layer,
+                       got=type(rngs).__name__, fix="pass nnx.Rngs(0) or jax.random.key(0)")  # fmt: skip

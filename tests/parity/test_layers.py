@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import flax.nnx
@@ -119,3 +120,24 @@ def test_gradients_of_parameters_and_inputs_agree(case):
     ours, theirs = run(batiste.nnx, case), run(flax.nnx, case)
     assert_close(ours.parameters, theirs.parameters, case.tolerance)
     assert_close(ours.inputs, theirs.inputs, case.tolerance)
+
+
+class Likeness(SimpleNamespace):
+    """Has a layer's public attributes, and is called by the layer's `__call__`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.of.__call__(self, *args, **options)
+
+
+METHODS_TOO = {"Einsum", "LoRALinear", "SpectralNorm", "WeightNorm"}  # with Flax, too, their calls need more of them
+ONE_OF_EACH = {type(case.build(batiste.nnx)).__name__: case for case in reversed(CASES)}
+
+
+@pytest.mark.parametrize("name", sorted(set(ONE_OF_EACH) - METHODS_TOO))
+def test_a_call_reads_public_attributes_alone(name):
+    """So programs may call `Conv.__call__` with an object of theirs, and no name of a subclass gets in its way."""
+    case = ONE_OF_EACH[name]
+    layer = case.build(batiste.nnx)
+    public = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+    out = case.call(Likeness(of=type(layer), **public), *map(jnp.asarray, case.inputs))
+    assert_close([plain(x) for x in jax.tree.leaves(out)], run(flax.nnx, case).out, case.tolerance)
