@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +127,20 @@ def test_bytes_from_a_table_are_refused_once_and_at_once(quick: Running) -> None
     print(f"SV3: {len(RAW) + len(GARBAGE)} raw cases")
 
 
-def test_those_who_send_slowly_are_sent_away(quick: Running) -> None:
+def test_those_who_send_slowly_are_sent_away_and_keep_nobody_waiting(quick: Running) -> None:
+    count, statuses = 400 if os.environ.get("BATISTE_FAULTS") == "long" else 20, Counter[int]()
+    body = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     start = time.monotonic()
-    assert quick.raw(b"GET / HTTP/1.1\r\nHos", timeout=8).startswith(b"HTTP/1.1 408")
-    slow = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
-    assert quick.raw(slow, timeout=8).startswith(b"HTTP/1.1 408")
-    assert 3 < time.monotonic() - start < 12
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", quick.port), 12)) for _ in range(count)]
+        for i, connection in enumerate(slow):
+            connection.sendall(body if i % 2 else b"GET / HTTP/1.1\r\nHos")
+        while time.monotonic() - start < 1.5:
+            statuses[quick.infer([[1.0] * 4])[0]] += 1
+        answers = [connection.recv(1 << 12)[:12] for connection in slow]
+    assert set(answers) == {b"HTTP/1.1 408"} and 1.9 < time.monotonic() - start < 12
+    assert set(statuses) == {200} and statuses[200] >= 10
+    print(f"SV3: {count} slow clients: each 408; {statuses[200]} others answered meanwhile in 1.5 s")
 
 
 def test_sigterm_answers_what_was_accepted_and_refuses_the_rest() -> None:
