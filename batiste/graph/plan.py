@@ -115,8 +115,10 @@ class Plan:
         with self.lock:
             inputs = self.gather(leaves)
             if self.landing is None or self.landing.writes:
-                return self.scatter(*self.program(*inputs), leaves)
-        return self.scatter(*self.program(*inputs), leaves)
+                groups, note = self.program(*inputs)
+                return self.scatter(groups, note, leaves)
+        groups, note = self.program(*inputs)
+        return self.scatter(groups, note, leaves)
 
     def takes(self, args: tuple) -> bool:
         """Whether these arguments are the leaves themselves, and the plan describes them: the shortest way."""

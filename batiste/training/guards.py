@@ -3,10 +3,10 @@
 
     ok = finite(loss, norm of the gradients, optimizer) and (loss, norm) ≤ mean + sigma · deviation
     parameters, optimizer, averages ← update      if ok, else what they were
-    parameters, averages ← what they were         if the update made them not finite all the same
+    each number of a parameter ← what it was      if the update makes it not finite all the same
 
-All but the last is known before the update, which is then not made at all: so a step pays for no second copy of the
-optimizer's state, and a run that skipped a batch is, bit for bit, a run without it.
+All but the last is known before the update, which is then not made at all, and the last is part of the update: so a
+step pays for no second copy of anything, and a run that skipped a batch is, bit for bit, a run without it.
 """
 
 from __future__ import annotations
@@ -125,17 +125,21 @@ class Guard(Pytree):
         verdict = jnp.where(finite, verdict, NONFINITE if self.nonfinite != "off" else FINE).astype(jnp.int32)
         return verdict, ~(self._refuses(verdict) | self.halted[...])
 
-    def restore(self, targets: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
-        """Gives what an update wrote its values of before, unless all are finite; returns whether they were.
+    def contain(self, targets: Sequence[Variable], before: Sequence[Any]) -> jax.Array:
+        """Leaves each number that an update made not finite as it was; returns whether the update seems sound.
 
-        Where a snapshot is gone back to, nothing is kept for this: a second copy of the parameters is what guards cost.
+        To look at all before any is written would take another walk through all parameters, so the first number of each
+        decides for all: where the gradients and the state of the optimizer are finite, a rate or a decay is not, and
+        that meets all alike. With a snapshot to go back to, everything is looked at, and nothing need be kept.
         """
+        if self.nonfinite == "off":
+            return jnp.array(True)
         after = [v.get_value() for v in targets]
-        sound = all_finite(after) | (self.nonfinite == "off")
-        if self.nonfinite in ("off", "rollback"):
-            return sound
-        for variable, value in zip(targets, lax.cond(sound, lambda: after, lambda: list(before))):
-            variable.set_value(value)
+        if self.nonfinite == "rollback":
+            return all_finite(after)
+        sound = all_finite(x.ravel()[:1] for x in jax.tree.leaves(after))
+        for variable, new, old in zip(targets, after, before):
+            variable.set_value(jax.tree.map(lambda a, b: jnp.where(sound & jnp.isfinite(a), a, b), new, old))
         return sound
 
     def settle(

@@ -123,14 +123,12 @@ class TrainStep:
             verdict, allowed = guard.judge(loss, norm, changed + [v.get_value() for v in variables_of(optimizer)])
             _put_back(~allowed, carried, before)
             go = go & allowed
+        learn = partial(_learn, gradients, guard)
         if guard is None and scale is None:
-            _learn(gradients, model, optimizer, ema)
+            learn(model, optimizer, ema)
             return metrics
-        targets = [*selected(model, optimizer.wrt), *variables_of(ema)]
-        untouched = [v.get_value() for v in targets]
-        cond(go, partial(_learn, gradients), lambda *_: None, model, optimizer, ema)
+        sound = cond(go, learn, lambda *_: jnp.array(True), model, optimizer, ema)
         if guard is not None:
-            sound = guard.restore(targets, untouched)
             metrics["verdict"] = guard.settle(verdict, sound, loss, norm, carried)
             metrics["halted"] = guard.halted[...]
         return metrics
@@ -265,10 +263,15 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
-def _learn(gradients: Any, model: Any, optimizer: Any, ema: EMA | None) -> None:
+def _learn(gradients: Any, guard: Guard | None, model: Any, optimizer: Any, ema: EMA | None) -> jax.Array:
+    """Updates parameters and averages; returns whether all that was made is finite, as the guard sees it."""
+    targets = selected(model, optimizer.wrt)
+    before = [v.get_value() for v in targets]
     optimizer.update(model, gradients)
+    sound = jnp.array(True) if guard is None else guard.contain(targets, before)
     if ema is not None:
         ema.update(model)
+    return sound
 
 
 def _put_back(refused: jax.Array, carried: list[Variable], before: list[Any]) -> None:

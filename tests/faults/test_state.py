@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import sys
@@ -148,6 +149,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@functools.cache
 def layers() -> dict[str, Any]:
     """One layer of each class of the parity table."""
     found: dict[str, Any] = {}

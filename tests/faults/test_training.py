@@ -61,8 +61,9 @@ def test_kill_9_loses_nothing_that_was_saved_and_changes_nothing(
     code, lines, err = ended(start(tmp_path))
     assert code == 0, err
     assert (result(lines), (tmp_path / "metrics.jsonl").read_bytes()) == uninterrupted
-    assert lines[0].startswith("seen 1 ")  # after step 21 of 12 an epoch, whose batches are drawn again
-    assert next(line for line in lines if line.startswith("step")) == "step 22"
+    assert lines[0].startswith("seen 1 ")  # after step 14 or 21 of 12 an epoch, whose batches are drawn again
+    first = next(line for line in lines if line.startswith("step"))
+    assert first in ("step 22", "step 15"), "the save after step 21 may not have been whole yet"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])

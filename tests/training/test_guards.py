@@ -123,6 +123,17 @@ def test_a_run_that_skips_a_batch_is_the_run_without_it(place: str) -> None:
     assert_same(values(one, a), values(two, b))
 
 
+def test_a_number_that_an_update_would_make_infinite_stays_what_it_was() -> None:
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    model.kernel[...] = jnp.array([[1.0, 2.0], [3.0, 3e38]])
+    optimizer = nnx.Optimizer(model, optax.sgd(2e38), wrt=nnx.Param)
+    step = train_step(lambda model, batch: -(model.kernel[1, 1] + 1e-38 * model.bias[...].sum()))
+    metrics = step(model, optimizer, None)
+    assert metrics["verdict"] == 0
+    np.testing.assert_array_equal(model.kernel[...], jnp.array([[1.0, 2.0], [3.0, 3e38]]))
+    np.testing.assert_allclose(model.bias[...], [2.0, 2.0], rtol=1e-5)
+
+
 def test_patience_with_a_broken_run_ends() -> None:
     poison = Poison("parameter", np.nan, 0)
     model, optimizer = pair()
