@@ -16,6 +16,7 @@ import numpy as np
 from jax import export as jax_export
 
 from batiste.graph.errors import ArgumentError, ShapeError
+from batiste.graph.jaxcompat import mesh_of
 
 from .described import FILE, Described
 from .errors import BundleError, ExpiredError, GoldenError, PlatformError
@@ -71,11 +72,14 @@ class Bundle:
     ):  # fmt: skip
         self.path, self.digest, self.described = path, digest, described
         self.signature: Signature = described.signature
-        self.files, self.executables = files, executables
+        self.files = files
+        self.executables = executables if described.devices == 1 else None  # those are kept for one device
         self.buckets = self._plan(buckets)
         self._refuse_narrow()
         weights = decode(files.pop(WEIGHTS), described.weights, WEIGHTS)
-        self.weights = {name: jax.device_put(x) for name, x in weights.items()}
+        self.weights: dict[str, Any] = weights  # of several devices, until a program says where each belongs
+        if described.devices == 1:
+            self.weights = {name: jax.device_put(x) for name, x in weights.items()}
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()
 
@@ -200,10 +204,8 @@ class Bundle:
         name = next((n for n, sizes in self.described.programs.items() if sizes.items() <= room.items()), None)
         if name is None:
             raise BundleError("The bundle has no program for a size", got=dict(room))
-        args = (
-            self.weights,
-            {n: example(spec, room, np.random.default_rng(0)) for n, spec in self.signature.inputs.items()},
-        )
+        inputs = {n: example(spec, room, np.random.default_rng(0)) for n, spec in self.signature.inputs.items()}
+        args = (self.weights, inputs)
         kept = executable_name(self.digest, name, room)
         if self.executables is not None:
             trees = jax.tree.structure((args, {})), jax.tree.structure(dict.fromkeys(self.signature.outputs, 0))
@@ -212,6 +214,9 @@ class Bundle:
                 return found
         try:
             exported = jax_export.deserialize(bytearray(self.files[name]))
+            if self.described.devices > 1:
+                self._place(exported)
+                args = (self.weights, inputs)
             jitted = jax.jit if self.executables is None else named_anew
             compiled = jitted(exported.call).lower(*args).compile()
         except Exception as error:
@@ -221,6 +226,14 @@ class Bundle:
         if self.executables is not None:
             self.executables.put(kept, compiled, args)
         return compiled
+
+    def _place(self, exported: jax_export.Exported) -> None:
+        """Puts the weights where a program of several devices has them: on the first devices that are here."""
+        mesh = mesh_of(exported)
+        shardings = exported.in_shardings_jax(mesh)
+        whole = jax.NamedSharding(mesh, jax.P())
+        self.weights = {name: jax.device_put(self.weights[name], place or whole)
+                        for name, place in zip(sorted(self.weights), shardings)}  # fmt: skip
 
     def check_device(self) -> None:
         """Raises PlatformError or ExpiredError if the program cannot run on the devices that are here."""

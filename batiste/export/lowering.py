@@ -17,7 +17,7 @@ from batiste.graph.errors import ArgumentError
 from batiste.graph.jaxcompat import inputs_used
 
 from .errors import ExportError
-from .pure import Pure
+from .pure import Pure, spread
 from .signature import ShapeDtype, open_sizes, uncut
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -132,9 +132,9 @@ def lowered(
         if any(not isinstance(n, int) for n in sizes.values()):
             raise  # perhaps it is the open sizes
         raise ExportError(f"JAX cannot export the program: {str(error).strip()[:500]}") from error
-    if exported.nr_devices != 1:
-        raise ExportError("The program spans devices", got=exported.nr_devices, expected=1,
-                          fix="export outside the mesh: bundles run on one device")  # fmt: skip
+    if exported.nr_devices != 1 and not any(map(spread, model.weights.values())):
+        raise ExportError("The program spans devices, and its weights do not", got=exported.nr_devices, expected=1,
+                          fix="export outside the mesh, or with weights that are spread over it")  # fmt: skip
     return model, exported
 
 

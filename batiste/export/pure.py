@@ -60,8 +60,16 @@ class Pure(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The weights without their values."""
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.weights.items()}
+        """The weights without their values; those that are spread over devices stay so."""
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if spread(x) else None)
+            for name, x in self.weights.items()
+        }
+
+
+def spread(x: Any) -> bool:
+    """Whether an array lies on a mesh of several devices."""
+    return isinstance(x, jax.Array) and isinstance(x.sharding, jax.NamedSharding) and x.sharding.num_devices > 1
 
 
 def method_of(model: Any, method: str | None) -> str | None:

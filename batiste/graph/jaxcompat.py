@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import numpy as np
 from jax._src import core as _core
 from jax._src.core import (
     EvalTrace,
@@ -48,6 +49,13 @@ def inputs_used(jaxpr) -> list[bool]:
 def without_idle(jaxpr):
     """A jaxpr without what its outputs do not depend on, and of each input whether it is left."""
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def mesh_of(exported):
+    """The mesh that an exported program was made for, of the first devices that are here."""
+    mesh = next(place.mesh for place in exported._in_named_shardings if place is not None)
+    devices = np.array(jax.devices()[: mesh.size]).reshape(mesh.axis_sizes)
+    return jax.sharding.Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def is_ref(x) -> bool:

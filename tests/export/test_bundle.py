@@ -180,6 +180,12 @@ def refused(tmp_path: Path, model: Any, signature: dict[str, Any], **options: An
 def test_a_call_that_writes_state(tmp_path: Path) -> None:
     message = refused(tmp_path, Net(nnx.Rngs(0)), {"x": "float32[batch, 4]"})
     assert "BatchStat norm/mean" in message and "model.eval()" in message
+    spectral = nnx.SpectralNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    message = refused(tmp_path, spectral, {"x": "float32[batch, 4]"})
+    assert "BatchStat batch_stats" in message and "Param" not in message
+    spectral.eval()  # now only the weights are written, and what is written would be written again
+    bundle = export(spectral, {"x": "float32[batch, 4]"}, tmp_path / "spectral")
+    np.testing.assert_allclose(bundle(x=ones(2, 4))["output"], spectral(ones(2, 4)), atol=1e-6)
 
 
 def test_a_call_that_draws_random_numbers(tmp_path: Path) -> None:
@@ -322,11 +328,39 @@ def test_numbers_of_64_bits(tmp_path: Path) -> None:
         load_bundle(tmp_path / "b")
 
 
+class Gated(nnx.Module):
+    def __init__(self):
+        self.up, self.down = nnx.Linear(4, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(1))
+        self.scale = nnx.Param(jnp.float32(2))
+
+    def __call__(self, x):
+        return self.scale * self.down(nnx.relu(self.up(x)))
+
+
+def test_weights_that_are_spread_over_devices_are_so_where_it_is_loaded(tmp_path: Path) -> None:
+    model, x = Gated(), np.random.default_rng(0).normal(size=(3, 4)).astype("f4")
+    expected = model(x)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    for param, place in ((model.up.kernel, (None, "model")), (model.down.kernel, ("model", "data")), (model.scale, ())):
+        param[...] = jax.device_put(param[...], jax.NamedSharding(mesh, jax.P(*place)))
+    bundle = export(nnx.merge(*nnx.split(model)), {"x": "float32[batch, 4]"}, tmp_path / "b", buckets={"batch": (4,)})
+    assert bundle.described.devices == 4
+    again = load_bundle(tmp_path / "b", executables=tmp_path / "kept")
+    np.testing.assert_allclose(again(x=x)["output"], expected, atol=1e-6)
+    assert again.weights["up/kernel"].sharding.spec == jax.P(None, "model")
+    assert len(again.weights["down/kernel"].addressable_shards) == 4
+    again.verify()
+    assert again.programs == 1
+    again.described = dataclasses.replace(again.described, devices=9)
+    with pytest.raises(PlatformError, match="more devices: got 8, expected 9"):
+        again.check_device()
+
+
 def test_a_program_of_more_devices(tmp_path: Path) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     message = refused(tmp_path, lambda x: jax.lax.with_sharding_constraint(x, spread), {"x": "float32[4]"})
-    assert "spans devices: got 2" in message
+    assert "spans devices, and its weights do not: got 2" in message
     bundle = export(net(), {"x": "float32[batch, 4]"}, tmp_path / "b")
     bundle.described = dataclasses.replace(bundle.described, devices=9)
     with pytest.raises(PlatformError, match="more devices: got 8, expected 9"):
