@@ -212,7 +212,7 @@ _gemma3 = _gemma2.replace(vocab=262144, features=1152, heads=4, kv_heads=1, hidd
                           logit_cap=None, window=512, full_every=6, rope_theta=1e6, local_theta=1e4,
                           context=32768)  # fmt: skip
 GEMMAS = {
-    "tiny": _gemma3.replace(vocab=256, features=64, layers=3, heads=4, hidden=160, head_dim=16, query_scale=16,
+    "tiny": _gemma3.replace(vocab=256, features=64, layers=3, heads=4, hidden=160, head_dim=24, query_scale=20,
                             window=8, full_every=3, context=128),
     "gemma2-2b": _gemma2,
     "gemma2-9b": _gemma2.replace(features=3584, layers=42, heads=16, kv_heads=8, hidden=14336),

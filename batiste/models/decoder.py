@@ -82,7 +82,7 @@ class Decoder(Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: Rngs):
         self.config = config
-        self.embed = nn.Embed(config.vocab, config.features, rngs=rngs)
+        self.embed = (ScaledEmbed if config.embed_scale else nn.Embed)(config.vocab, config.features, rngs=rngs)
         self.places = data(nn.Embed(config.context, config.features, rngs=rngs) if config.learned_positions else None)
         self.blocks: Stack | Apart = Stack(
             lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs, has_aux=True
@@ -121,10 +121,9 @@ class Decoder(Module):
 
     def embedded(self, tokens_BT: Array, positions_T: Array) -> Array:
         x_BTD = self.embed(tokens_BT)
-        if self.config.embed_scale:
-            x_BTD = x_BTD * jnp.asarray(math.sqrt(self.config.features), x_BTD.dtype)
         if self.places is not None:  # padding may lie behind the last
-            x_BTD = x_BTD + self.places(jnp.minimum(positions_T, self.config.context - 1))
+            places_BT = jnp.broadcast_to(jnp.minimum(positions_T, self.config.context - 1), tokens_BT.shape)
+            x_BTD = x_BTD + self.places(places_BT)
         return x_BTD
 
     def turns(self, positions_T: Array) -> tuple[tuple[Array, Array], ...]:
@@ -298,6 +297,14 @@ class SparseMlp(nn.MixtureOfExperts):
         return super().__call__(x_BTD[..., None, :])[..., 0, :] if self.is_alone else super().__call__(x_BTD)
 
 
+class ScaledEmbed(nn.Embed):
+    """embedding[token] √features: large beside the norms' 1, as the head has the same numbers"""
+
+    def __call__(self, inputs):
+        x = super().__call__(inputs)
+        return x * jnp.asarray(math.sqrt(self.features), x.dtype)
+
+
 class ShiftedRMSNorm(Module):
     """y = x / √(E[x²] + ε) * (1 + scale), in float32: decay then draws the factors to 1
 
@@ -311,7 +318,8 @@ class ShiftedRMSNorm(Module):
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        factor = jnp.expand_dims(1 + self.scale[...].astype(jnp.float32), range(x.ndim - 1))
+        return (wide * inverse * factor).astype(x.dtype)
 
 
 def norm_of(config: DecoderConfig, features: int, rngs: Rngs) -> Module:
@@ -331,7 +339,7 @@ def capped_attention(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, mask: Array, c
     B, T, H, C = q_BTHC.shape
     q_BTKGC = (q_BTHC / math.sqrt(C)).reshape(B, T, k_BSKC.shape[2], -1, C)
     logits_BKGTS = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
-    mask = mask if mask.ndim == 2 else mask[:, :, None]
+    mask = mask[None, None, None] if mask.ndim == 2 else mask[:, :, None]
     weights_BKGTS = jax.nn.softmax(soft_capped(logits_BKGTS, cap), where=mask).astype(v_BSKC.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", weights_BKGTS, v_BSKC).reshape(B, T, H, C)
 

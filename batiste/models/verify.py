@@ -202,6 +202,8 @@ def _difference(layer: str, ours: np.ndarray, theirs_name: str, theirs: Any) -> 
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     if ours.shape != theirs.shape and theirs.ndim == ours.ndim > 2 and np.moveaxis(theirs, 1, -1).shape == ours.shape:
         theirs = np.moveaxis(theirs, 1, -1)  # channels last
+    if ours.shape != theirs.shape and theirs.ndim == ours.ndim == 4 and theirs.swapaxes(1, 2).shape == ours.shape:
+        theirs = theirs.swapaxes(1, 2)  # positions before heads
     if ours.size != theirs.size:
         return Difference(layer, theirs_name, np.inf, f"{ours.shape}, theirs {theirs.shape}")
     largest = np.abs(ours - theirs.reshape(ours.shape)).max(initial=0.0)
