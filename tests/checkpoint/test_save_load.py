@@ -146,6 +146,7 @@ MISMATCHES: dict[str, tuple[Any, Any, list[str]]] = {
         optax.adam(0.1).init({"w": a(2)}),
         ["0/count missing - int32[]", "0/mu/w missing", "0/nu/w missing", "0/trace/w unexpected float32[2]"],
     ),
+    "a dim more": ({"k": a(2, 1)}, {"k": a(2)}, ["k shape float32[2,1] float32[2]"]),
     "list length": ([a(1), a(1)], [a(1)], ["1 unexpected float32[1] -"]),
     "tied": ({"m": {"tied": a(2)}}, {"m": {"a": a(2), "b": a(2)}}, ["m/a missing", "m/b missing", "m/tied unexpected"]),
     "all at once": (

@@ -44,34 +44,41 @@ def test_the_workers_stay_for_the_next_epoch() -> None:
     assert not process.is_alive()
 
 
+RECORDS = (3, 8, 13, 19) if os.environ.get("BATISTE_FAULTS") == "long" else (3,)
+
+
+@pytest.mark.parametrize("bad", RECORDS)
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("raise", DataError, "OSError: the image is truncated at record 3, epoch 0, batch 1"),
-        ("killed", WorkerError, "was killed by SIGKILL at record 3, worker 0"),
-        ("exit", WorkerError, "ended with exit code 3 at record 3, worker 0"),
-        ("hang", DataTimeout, "takes too long at record 3, worker 0: got 1.. s, expected at most 1.0 s"),
+        ("raise", DataError, "OSError: the image is truncated at record {}, epoch 0, batch {}"),
+        ("killed", WorkerError, "was killed by SIGKILL at record {}, worker 0"),
+        ("exit", WorkerError, "ended with exit code 3 at record {}, worker 0"),
+        ("hang", DataTimeout, "takes too long at record {}, worker 0: got 1.. s, expected at most 1.0 s"),
     ],
 )
-def test_a_fault_is_named_with_its_record_within_seconds(how: str, error: type[Exception], message: str) -> None:
-    loader = Loader(Squares(bad=3, how=how), 2, shuffle=False, workers=1, timeout=1.0)
+def test_a_fault_is_named_with_its_record_within_seconds(
+    how: str, error: type[Exception], message: str, bad: int
+) -> None:
+    loader = Loader(Squares(bad=bad, how=how), 2, shuffle=False, workers=1, timeout=1.0)
     with prefetch(loader.feed()) as feed:
         next(feed)
         since = time.monotonic()
-        with pytest.raises(error, match=message) as raised:
+        with pytest.raises(error, match=message.format(bad, bad // 2)) as raised:
             list(feed)
     assert time.monotonic() - since < 5
-    assert raised.value.record == 3  # pyright: ignore[reportAttributeAccessIssue]
-    assert any("epoch': 0, 'step': 1" in note for note in raised.value.__notes__)
+    assert raised.value.record == bad  # pyright: ignore[reportAttributeAccessIssue]
+    assert any(f"epoch': 0, 'step': {bad // 2}" in note for note in raised.value.__notes__)
 
 
-def test_a_slow_record_is_named_in_a_warning_and_waited_for() -> None:
-    loader = Loader(Squares(bad=3, how="slow"), 2, shuffle=False, workers=1, slow=0.2)
+@pytest.mark.parametrize("bad", RECORDS)
+def test_a_slow_record_is_named_in_a_warning_and_waited_for(bad: int) -> None:
+    loader = Loader(Squares(bad=bad, how="slow"), 2, shuffle=False, workers=1, slow=0.2)
     with (
-        pytest.warns(SlowDataWarning, match=r"worker 0 has been reading record 3 for 0\.\d s"),
+        pytest.warns(SlowDataWarning, match=rf"worker 0 has been reading record {bad} for 0\.\d s"),
         loader.feed() as feed,
     ):
-        assert len([next(feed) for _ in range(3)]) == 3
+        assert len([next(feed) for _ in range(bad // 2 + 2)]) == bad // 2 + 2
 
 
 def test_what_cannot_be_sent_to_a_worker_is_explained() -> None:
