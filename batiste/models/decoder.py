@@ -122,7 +122,7 @@ class Decoder(Module):
     def embedded(self, tokens_BT: Array, positions_T: Array) -> Array:
         x_BTD = self.embed(tokens_BT)
         if self.places is not None:  # padding may lie behind the last
-            places_BT = jnp.broadcast_to(jnp.minimum(positions_T, self.config.context - 1), tokens_BT.shape)
+            places_BT = jnp.minimum(positions_T, self.config.context - 1).reshape(-1, tokens_BT.shape[1])
             x_BTD = x_BTD + self.places(places_BT)
         return x_BTD
 

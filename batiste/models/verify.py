@@ -112,16 +112,16 @@ def activations(model: Module, *args: Any) -> dict[str, np.ndarray]:
     copy = merge(graphdef, state)
     paths = {id(x): path for path, x in iter_graph(copy) if isinstance(x, Module)}
     found: dict[str, np.ndarray] = {}
+    running: set[int] = set()
     kept = []  # the layers of stacks, so that no other part gets the id of one
 
     def report(part: Any, name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         path = paths.get(id(part))
-        if name != "__call__" or path is None:
+        if name != "__call__" or path is None or id(part) in running:  # the call of a class below
             return function(part, *args, **kwargs)
-        if isinstance(part, Stack):
-            out = unrolled(part, path, *args, **kwargs)
-        else:
-            out = function(part, *args, **kwargs)
+        running.add(id(part))
+        out = unrolled(part, path, *args, **kwargs) if isinstance(part, Stack) else function(part, *args, **kwargs)
+        running.discard(id(part))
         _keep(found, "/".join(map(str, path)), out)
         return out
 

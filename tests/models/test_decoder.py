@@ -27,6 +27,9 @@ CHOICES = {
     "qwen3": {"qk_norm": True, "head_dim": 6},
     "mistral": {"window": 4},
     "gelu": {"gated": False},
+    "gpt2": {"gated": False, "norm": "layer", "bias": True, "qkv_bias": True, "learned_positions": True, "context": 32},
+    "gemma": {"norm": "rms+1", "post_norms": True, "window": 4, "full_every": 2, "attn_cap": 5.0, "qk_norm": True},
+    "mixtral": {"experts": 4},
 }
 
 
