@@ -58,7 +58,8 @@ def main() -> None:
     model = Decoder(DECODERS[args.model], rngs=Rngs(0)).apart()
     sizes = [max(1, most * (1 + i % 4) // 4) for i in range(args.requests)]
     prompts = [random.integers(0, model.config.vocab, size).tolist() for size in sizes]
-    engines = {n: Engine(Slots(model, count=n, length=args.length, pieces=(32,)), waiting=args.requests)
+    pieces = [size for size in (32, 64) if size < args.length] + [args.length]
+    engines = {n: Engine(Slots(model, count=n, length=args.length, pieces=pieces), waiting=args.requests)
                for n in args.slots}  # fmt: skip
     calls = {f"{n} slots": lambda n=n: together(engines[n], prompts, args.tokens, n) for n in args.slots}
     calls = {"one after another": lambda: one_after_another(model, prompts, args.tokens)} | calls
