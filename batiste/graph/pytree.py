@@ -133,7 +133,8 @@ class PytreeMeta(ABCMeta):
 
     def __call__(cls: Any, *args, **kwargs):
         self = cls.__new__(cls, *args, **kwargs)
-        prepare(self, {})
+        if not _is_prepared(self):  # a `__new__` that sets attributes has done so
+            prepare(self, {})
         place = nursery.get()
         with NOWHERE if place is None else place.raising(self):
             cls._pytree_meta_construct(self, *args, **kwargs)
@@ -154,6 +155,14 @@ def prepare(self: Pytree, nodes: dict[str, bool], trace=None) -> None:
     slot(self, "_known_tree", None)
     slot(self, "_tie", None)
     slot(self, "_home", None)
+
+
+def _is_prepared(self: Pytree) -> bool:
+    try:
+        object.__getattribute__(self, "_planned")  # past a `__getattr__` of the class
+    except AttributeError:
+        return False
+    return True
 
 
 class PytreeState:
@@ -217,12 +226,14 @@ class Pytree(metaclass=PytreeMeta):
         self._setattr(name, value)
 
     def _setattr(self, name: str, value: Any) -> None:
+        if not _is_prepared(self):
+            prepare(self, {})
         if self._pytree__state.trace != current_trace():
             raise TraceContextError(f"Cannot mutate '{type(self).__name__}' from different trace level", at=self,
                                     fix="pass the module to the transformed function as an argument")  # fmt: skip
         cls = type(self)
         prop = inspect.getattr_static(cls, name, None)
-        if isinstance(prop, property):
+        if hasattr(type(prop), "__set__"):  # a property, `__class__`, a descriptor of the program: theirs to do
             object.__setattr__(self, name, value)
             return
         nodes, attributes = self._pytree__nodes, vars(self)

@@ -155,3 +155,51 @@ def test_train_and_eval_reach_every_module():
     assert not m.deterministic and not m.inner[0].use_running_average
     with pytest.raises(ValueError, match="no_such"):
         m.set_attributes(no_such=1)
+
+
+def test_an_object_takes_another_class():
+    """As programs do that wrap the call of one model."""
+
+    class Twice(nnx.Linear):
+        def __call__(self, inputs, out_sharding=None):
+            return 2 * super().__call__(inputs, out_sharding)
+
+    layer = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    once = layer(jnp.ones((1, 1)))
+    layer.__class__ = Twice
+    assert type(layer) is Twice and "__class__" not in vars(layer)
+    assert layer(jnp.ones((1, 1))) == 2 * once and type(nnx.clone(layer)) is Twice
+
+
+def test_descriptors_of_a_class_set_themselves():
+    class Celsius:
+        def __get__(self, obj, cls=None):
+            return obj.kelvin - 273
+
+        def __set__(self, obj, value):
+            obj.kelvin = value + 273
+
+    class Room(nnx.Module):
+        degrees = Celsius()
+        kelvin: int
+
+    room = Room()
+    room.degrees = 20
+    assert (room.kelvin, room.degrees) == (293, 20) and "degrees" not in vars(room)
+
+
+def test_new_may_set_attributes():
+    class Registered(nnx.Module):
+        args: tuple
+
+        def __new__(cls, *args):
+            self = super().__new__(cls)
+            self.args, self.scale = args, nnx.Param(2.0)
+            return self
+
+        def __init__(self, *args):
+            self.count = len(args)
+
+    made = Registered("a", "b")
+    assert (made.args, made.count) == (("a", "b"), 2)
+    assert list(nnx.state(made)) == ["scale"]

@@ -3,3 +3,4 @@
 
 from batiste.nn.attend import *  # noqa: F403
 from batiste.nn.attention import *  # noqa: F403
+from batiste.typing import Dtype, PromoteDtypeFn, Shape  # noqa: F401

@@ -3,3 +3,13 @@
 
 from batiste.nn.conv import *  # noqa: F403
 from batiste.nn.linear import *  # noqa: F403
+from batiste.typing import (  # noqa: F401
+    ConvGeneralDilatedT,
+    DotGeneralT,
+    Dtype,
+    EinsumT,
+    LaxPadding,
+    PrecisionLike,
+    PromoteDtypeFn,
+    Shape,
+)

@@ -3,3 +3,4 @@
 
 from batiste.nn.norm import *  # noqa: F403
 from batiste.nn.reparam import *  # noqa: F403
+from batiste.typing import Dtype, PromoteDtypeFn  # noqa: F401

@@ -3,3 +3,4 @@
 
 from batiste.nn.cells import *  # noqa: F403
 from batiste.nn.recurrent import *  # noqa: F403
+from batiste.typing import Dtype, PromoteDtypeFn, Shape  # noqa: F401
