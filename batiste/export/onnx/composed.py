@@ -170,7 +170,6 @@ def approx_top_k(x: Array, *, k: int, reduction_dimension: int, is_max_k: bool, 
 
 @composed("reduce_window_min")
 def reduce_window_min(x: Array, **window: Any) -> Array:
-    window["padding"] = tuple(window["padding"])
     return -lax.reduce_window(-x, -np.inf, lax.max, *windows(window))
 
 
