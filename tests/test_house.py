@@ -175,6 +175,7 @@ IMPORTED_WHEN_USED = {
     "batiste.nnx": "its names",
     "batiste.nnx.variablelib": "hijax Variables",
     "batiste.graph.variable": "hijax Variables, which rest on experimental parts of JAX",
+    "batiste.graph.pytree": "the function that a pickled function of JAX was made of",
     "batiste.graph.optional": "packages that batiste does not require",
 }
 
