@@ -568,9 +568,7 @@ def _register_pytree(cls: type) -> None:
         variable = cls._new(children[0], dict(frozen.items), frozen)
         trace = variable._trace_state
         last = _last_flattened[0]
-        if (
-            trace != AT_REST and trace != last and is_inside(trace, last)
-        ):  # a copy, which may not go back
+        if trace != AT_REST and trace != last and is_inside(trace, last):  # a copy, which may not go back
             object.__setattr__(variable, "_home", Home(cls.__name__))
         return variable
 
