@@ -229,7 +229,7 @@ MIXTRALS = {
     "mixtral-8x7b": _mixtral,
     "mixtral-8x22b": _mixtral.replace(vocab=32768, features=6144, layers=56, heads=48, hidden=16384, context=65536),
 }
-"""Mixtral, of Jiang et al. 2024, table 1."""
+"""Mixtral, of Jiang et al. 2024, table 1; 8x22b with the vocabulary of its instructed version."""
 
 QWEN3_MOES = {
     "tiny": MIXTRALS["tiny"].replace(qk_norm=True, head_dim=24, epsilon=1e-6),

@@ -13,8 +13,9 @@ import pytest
 
 from batiste import nnx, sharding
 from batiste.graph.errors import ArgumentError, RngError, ShapeError
-from batiste.models import DECODERS, RULES, Decoder, DecoderConfig, generate
+from batiste.models import RULES, Decoder, DecoderConfig, generate
 from batiste.models.decoder import rope_angles, rotated
+from batiste.models.registry import configuration
 from batiste.precision import policy
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -122,10 +123,13 @@ def test_the_rules_speak_of_every_parameter_of_every_choice() -> None:
     ("name", "parameters"),
     [("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120), ("llama2-7b", 6_738_415_616),
      ("llama3-8b", 8_030_261_248), ("mistral-7b", 7_241_732_096), ("qwen2-0.5b", 494_032_768),
-     ("qwen3-0.6b", 596_049_920)],
+     ("qwen3-0.6b", 596_049_920), ("gpt2/gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200),
+     ("gemma2-2b", 2_614_341_888), ("gemma2-9b", 9_241_705_984), ("gemma2-27b", 27_227_128_320),
+     ("gemma3-270m", 268_098_176), ("gemma3-1b", 999_885_952), ("mixtral-8x7b", 46_702_792_704),
+     ("qwen3-30b-a3b", 30_532_122_624)],
 )  # fmt: skip
 def test_published_configurations_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    assert DECODERS[name].parameters == parameters
+    assert configuration(name)[1].parameters == parameters
 
 
 def test_drawn_tokens_follow_key_and_top_k() -> None:
