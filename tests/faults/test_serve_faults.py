@@ -435,12 +435,12 @@ async def soak(server: Any, rate: float, seconds: float) -> tuple[Counter[int], 
             if i in (int(rate * seconds * part / 10) for part in (2, 5, 9)):
                 held.append(Held.by(server))
         await asyncio.gather(beside, *tasks)
-    await asyncio.sleep(3 if LONG else 0.5)
+    await asyncio.sleep(3 if LONG else 0.2)
     return statuses, took, [*held, Held.by(server)]
 
 
 def test_a_server_holds_no_more_after_hours_than_after_minutes() -> None:
-    seconds = 600.0 if LONG else 2.5
+    seconds = 600.0 if LONG else 1.5
     with started(0.05, *(["process"] if LONG else [])) as server:
         statuses, took, held = asyncio.run(soak(server, 40.0, seconds))
         third = len(took) // 3
