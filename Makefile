@@ -8,7 +8,7 @@ LINTERS := $(VENV)/.ready-lint
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check
 LOCK   := $(VENV)/bin/uv pip compile pyproject.toml --quiet --universal --fork-strategy fewest --python-version 3.11 \
-  --no-header --no-emit-index-url --no-emit-find-links --upgrade
+  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --upgrade
 
 DATA        ?= digits
 WORKERS     ?= 2
