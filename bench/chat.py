@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens a second do slots give, beside answering the same requests one after another with `generate`?
 
-Greedy answers of equal length to prompts of several lengths, in float32, layers apart; everything is compiled before the clock runs.
-Each round asks all requests of every contender; at most so many at a time are with the engine.
+Greedy answers of equal length to prompts of several lengths, in float32, layers apart; everything is compiled before
+the clock runs. Each round asks all requests of every contender; at most so many at a time are with the engine.
 """
 
 from __future__ import annotations

@@ -186,5 +186,4 @@ def test_tensors_are_read_in_halves_and_some_rows_at_a_time(
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(WeightsError, match="became shorter"):
-        for name in values:
-            tensors[name].read_into(np.zeros((5, 7) if name == "a" else (), np.float32).T)
+        tensors["b"].read_into(one)
