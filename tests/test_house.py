@@ -53,6 +53,7 @@ SIDEWAYS = {
     ("serve", "export"): "a server loads the bundles that it serves",
     ("export", "models"): "bundles have their weights in the files of models",
     ("nnx", "flax's other names"): "files of nnx show the names of types that Flax's files show",
+    ("linen", "flax's other names"): "files of linen show the names of types that Flax's files show",
 }
 NAMES = "flax's other names"
 NAMES_FLOOR = 5

@@ -25,6 +25,7 @@ from batiste.nn.attend import (
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import default_bias_init, default_kernel_init
 from batiste.precision import canonicalize_dtype
+from batiste.typing import DotGeneralT, Dtype, PrecisionLike, PRNGKey, Shape
 
 from .calls import merge_param
 from .dtypes import promote_dtype
@@ -34,9 +35,14 @@ from .module import Module, compact, nowrap
 from .normalization import LayerNorm
 
 __all__ = [
+    "DotGeneralT",
+    "Dtype",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "PRNGKey",
+    "PrecisionLike",
     "SelfAttention",
+    "Shape",
     "combine_masks",
     "dot_product_attention",
     "dot_product_attention_weights",

@@ -15,12 +15,13 @@ from batiste.graph.errors import ArgumentError
 from batiste.nn.conv import canonicalize_padding
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple, default_bias_init, default_embed_init, default_kernel_init
+from batiste.typing import DotGeneralT, Dtype, LaxPadding, PaddingLike, PrecisionLike, PRNGKey, PromoteDtypeFn, Shape
 
 from .calls import merge_param
 from .conv import Conv, ConvLocal, ConvTranspose
 from .dtypes import promote_dtype
 from .lazy import Lazy, replaced
-from .module import compact
+from .module import Module, compact
 
 __all__ = [
     "Conv",
@@ -28,8 +29,17 @@ __all__ = [
     "ConvTranspose",
     "Dense",
     "DenseGeneral",
+    "DotGeneralT",
+    "Dtype",
     "Einsum",
     "Embed",
+    "LaxPadding",
+    "Module",
+    "PRNGKey",
+    "PaddingLike",
+    "PrecisionLike",
+    "PromoteDtypeFn",
+    "Shape",
     "canonicalize_padding",
     "default_embed_init",
     "default_kernel_init",
@@ -160,3 +170,24 @@ class Embed(Lazy, of=nn.Embed):
     def embedding(self) -> Array:
         """The table, [num_embeddings, features]."""
         return self.get_variable("params", "embedding")
+
+
+# ---------------------------------------------------------------- parts that programs make layers of their own from
+
+
+def _normalize_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The dims of an array of `ndim` dims, counted from its front, in ascending order."""
+    return tuple(sorted(axis % ndim for axis in axes))
+
+
+def _canonicalize_tuple(x: Axes) -> tuple[int, ...]:
+    """`(x,)` for one number, a tuple of all for several."""
+    return as_tuple(x)
+
+
+def _conv_dimension_numbers(input_shape: Sequence[int]) -> lax.ConvDimensionNumbers:
+    """Where a convolution finds batch, features and space, when the features come last."""
+    rank = len(input_shape)
+    last, spatial = rank - 1, range(rank - 2)
+    image = (0, last, *(1 + dim for dim in spatial))
+    return lax.ConvDimensionNumbers(image, (last, rank - 2, *spatial), image)

@@ -9,27 +9,35 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from batiste import nn
 from batiste.nn import initializers
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import as_tuple
+from batiste.nn.moments import Average
+from batiste.precision import canonicalize_dtype
+from batiste.typing import Dtype, PRNGKey, Shape
 
 from .calls import merge_param
 from .lazy import Lazy
-from .module import compact, nowrap
+from .module import Module, compact, nowrap
 from .reparam import SpectralNorm, WeightNorm
 
 __all__ = [
     "BatchNorm",
+    "Dtype",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "Module",
+    "PRNGKey",
     "RMSNorm",
+    "Shape",
     "SpectralNorm",
     "WeightNorm",
+    "canonicalize_dtype",
 ]
 
 Axes = int | Sequence[int]
@@ -179,3 +187,64 @@ class InstanceNorm(_Norm, of=nn.InstanceNorm):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         return self.normalize(x, self.feature_axes, mask=mask)
+
+
+# ---------------------------------------------------------------- parts that programs make norms of their own from
+
+
+def _canonicalize_axes(rank: int, axes: Axes) -> tuple[int, ...]:
+    """The dims of an array of `rank` dims, counted from its front."""
+    return tuple(axis % rank for axis in as_tuple(axes))
+
+
+def _compute_stats(
+    x: Array,
+    axes: Axes,
+    dtype: DTypeLike | None,
+    axis_name: str | None = None,
+    axis_index_groups: Any = None,
+    use_mean: bool = True,
+    use_fast_variance: bool = True,
+    mask: Array | None = None,
+    force_float32_reductions: bool = True,
+) -> tuple[Array, Array]:
+    """Mean and variance of `x` over the dims `axes`, which leave its shape, and over a mapped axis."""
+    dtype = dtype or jnp.result_type(x)
+    x = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32) if force_float32_reductions else dtype)
+    dims = _canonicalize_axes(x.ndim, axes)
+    average = Average(dims, 0.0, use_mean, use_fast_variance, axis_name, axis_index_groups)
+    mean, var = (jnp.squeeze(moment, dims) if moment.ndim else moment for moment in average.moments(x, mask))
+    return jnp.broadcast_to(mean, var.shape), var
+
+
+def _normalize(
+    mdl: Module,
+    x: Array,
+    mean: Array,
+    var: Array,
+    reduction_axes: Axes,
+    feature_axes: Axes,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    epsilon: float,
+    use_bias: bool,
+    use_scale: bool,
+    bias_init: Initializer,
+    scale_init: Initializer,
+    force_float32_reductions: bool = True,
+) -> Array:
+    """y = (x - mean) scale / √(var + ε) + bias, whose parameters are made in `mdl`, along `feature_axes`."""
+    reduced = _canonicalize_axes(x.ndim, reduction_axes)
+    features = _canonicalize_axes(x.ndim, feature_axes)
+    sizes = tuple(x.shape[axis] for axis in features)
+    wide = tuple(x.shape[axis] if axis in features else 1 for axis in range(x.ndim))
+    mean, var = jnp.expand_dims(mean, reduced), jnp.expand_dims(var, reduced)
+    y, factor, entering = x - mean, lax.rsqrt(var + epsilon), [x]
+    if use_scale:
+        scale = mdl.param("scale", scale_init, sizes, param_dtype).reshape(wide)
+        factor, entering = factor * scale, [*entering, scale]
+    y = y * factor
+    if use_bias:
+        bias = mdl.param("bias", bias_init, sizes, param_dtype).reshape(wide)
+        y, entering = y + bias, [*entering, bias]
+    return jnp.asarray(y, canonicalize_dtype(*entering, dtype=dtype))

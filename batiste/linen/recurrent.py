@@ -24,6 +24,7 @@ from batiste.nn.initializers import Initializer
 from batiste.nn.linear import add_bias, default_bias_init, default_kernel_init
 from batiste.nn.recurrent import concatenate, flip_sequences, one_step, over_time
 from batiste.precision import promote_dtype
+from batiste.typing import Dtype, PrecisionLike, PRNGKey
 
 from .conv import Conv
 from .lazy import Lazy
@@ -36,10 +37,13 @@ __all__ = [
     "Bidirectional",
     "ConvLSTMCell",
     "DenseParams",
+    "Dtype",
     "GRUCell",
     "LSTMCell",
     "MGUCell",
     "OptimizedLSTMCell",
+    "PRNGKey",
+    "PrecisionLike",
     "RNNCellBase",
     "SimpleCell",
     "flip_sequences",
