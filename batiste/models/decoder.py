@@ -241,7 +241,7 @@ class Attention(Module):
             q_BTHC, k_BTKC = rotated(q_BTHC, *angles), rotated(k_BTKC, *angles)
         if self.scale != 1:
             q_BTHC = q_BTHC * jnp.asarray(self.scale, q_BTHC.dtype)
-        window = jnp.where(sees_all, positions_T.max() + 1, self.window) if self.is_mixed else self.window
+        window = jnp.where(sees_all, positions_T.max() + 1, self.window or 0) if self.is_mixed else self.window
         if not cached:
             is_plain = window is None and self.cap is None
             mask = None if is_plain else seen(positions_T, positions_T, window)

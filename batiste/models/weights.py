@@ -116,7 +116,9 @@ def config_of_gguf(weights: Weights, path: Path) -> DecoderConfig:
     found |= {"tied": "output.weight" not in weights.tensors}
     if "token_embd.weight" in weights.tensors:
         found["vocab"] = weights.tensors["token_embd.weight"].shape[0]
-    return configured({name: value for name, value in found.items() if value is not None} | KINDS[kind].choices, path)
+    return configured(
+        {name: value for name, value in found.items() if value is not None} | dict(KINDS[kind].choices), path
+    )
 
 
 # ---------------------------------------------------------------- layouts

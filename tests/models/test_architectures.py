@@ -28,6 +28,7 @@ from batiste.models import (
     torch_activations,
     verify,
 )
+from batiste.models.decoder import SparseMlp
 from batiste.models.kinds import KINDS, kind_of
 
 SMALL = DecoderConfig(vocab=64, features=32, layers=2, heads=4, kv_heads=2, hidden=48, context=256)
@@ -74,7 +75,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             v[...] += 0.3 * jnp.sin(jnp.arange(v.size).reshape(v.shape))
     folder = tmp_path_factory.mktemp("ours")
     save_decoder(model, folder)
-    theirs, said = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    theirs, said = loaded
     assert not said["missing_keys"] and not said["unexpected_keys"]
     return Case(request.param, model, folder, theirs.eval())
 
@@ -174,8 +176,7 @@ def test_choices_that_contradict_each_other_are_refused() -> None:
 
 def test_with_a_capacity_late_positions_pass_by() -> None:
     config = SMALL.replace(experts=4)
-    whole, few = (Decoder(c, rngs=nnx.Rngs(0)) for c in (config, config.replace(capacity=0.5)))
-    mlp = whole.blocks[0].mlp, few.blocks[0].mlp
+    mlp = [SparseMlp(c, rngs=nnx.Rngs(0)) for c in (config, config.replace(capacity=0.5))]
     x_BTD = jax.random.normal(jax.random.key(0), (1, 8, 32))
     found = [jnp.any(m(x_BTD) != 0, axis=-1) for m in mlp]
     assert found[0].all() and not found[1].all() and found[1].any()
