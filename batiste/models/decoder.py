@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -232,7 +232,7 @@ class Attention(Module):
         """Args:
         each: keys and values of the cache, if there is one; then, where layers differ, whether this one sees all.
         """
-        *cached, sees_all = each if self.is_mixed else (*each, None)
+        *cached, sees_all = each if self.is_mixed else (*each, False)
         q_BTHC, k_BTKC, v_BTKC = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None:
             q_BTHC, k_BTKC = self.query_norm(q_BTHC), self.key_norm(k_BTKC)
@@ -322,7 +322,7 @@ class ShiftedRMSNorm(Module):
         return (wide * inverse * factor).astype(x.dtype)
 
 
-def norm_of(config: DecoderConfig, features: int, rngs: Rngs) -> Module:
+def norm_of(config: DecoderConfig, features: int, rngs: Rngs) -> Any:
     kinds = {"rms": nn.RMSNorm, "rms+1": ShiftedRMSNorm, "layer": nn.LayerNorm}
     return kinds[config.norm](features, epsilon=config.epsilon, rngs=rngs)
 
