@@ -169,16 +169,12 @@ def _einsum(given: Einsum | None, dot_general: Any, precision: lax.PrecisionLike
 class _Attention(nn.MultiHeadAttention):
     """An attention layer whose cache is there from the start, and whose stream for dropout is one key."""
 
+    is_functional = True
+
     def __init__(self, *args: Any, cache_shape: tuple[int, ...] | None, cache_dtype: Any, rngs: Any, **kwargs: Any):
         super().__init__(*args, rngs=rngs, keep_rngs=False, **kwargs)
         if cache_shape is not None:
             self.init_cache(cache_shape, cache_dtype)
-
-    def _dropout_key(self, rngs: Any) -> Array:
-        return rngs
-
-    def _check_keys(self, inputs_k: Array, inputs_v: Array) -> None:
-        """Nothing to check: the projections take their sizes from the inputs, each from its own."""
 
 
 class MultiHeadDotProductAttention(Lazy, of=_Attention):

@@ -294,11 +294,15 @@ class MultiHeadAttention(Module):
 
 
 def _check_keys(layer: MultiHeadAttention, inputs_k: Array, inputs_v: Array) -> None:
+    if getattr(layer, "is_functional", False):
+        return  # its projections take their sizes from the inputs, each from its own
     for inputs in (inputs_k, inputs_v):
         check_last_dim(layer, inputs, layer.in_kv_features, "in_kv_features")
 
 
 def _dropout_key(layer: MultiHeadAttention, rngs: Any) -> Array:
+    if getattr(layer, "is_functional", False):
+        return rngs  # its stream is one key
     rngs = layer.rngs if rngs is None else rngs
     if rngs is None:
         raise RngError("'rngs' must be provided to __call__ of a MultiHeadAttention with keep_rngs=False", at=layer,

@@ -33,6 +33,7 @@ class Tracing:
         self.tracer = self.trace.get_tracer("batiste.serve", __version__, tracer_provider=provider)
         found = need("opentelemetry.trace.propagation.tracecontext", extra="tracing")
         self.propagator = found.TraceContextTextMapPropagator()
+        self.context_of = self.propagator.extract
 
     @classmethod
     def found(cls) -> Tracing | None:
@@ -46,7 +47,7 @@ class Tracing:
         """Around a request of the id `own`."""
         about = {"http.request.method": method, "url.path": path[:256], "batiste.request.id": own}
         with self.tracer.start_as_current_span(
-            f"{method} {route(path)}", context=self.propagator.extract(headers), kind=self.trace.SpanKind.SERVER,
+            f"{method} {route(path)}", context=self.context_of(headers), kind=self.trace.SpanKind.SERVER,
             attributes=about,
         ) as span:  # fmt: skip
             yield Span(self, span)
