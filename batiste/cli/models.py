@@ -19,7 +19,7 @@ from batiste.graph.text import size_text, table
 from batiste.models import open_weights
 from batiste.models.decoder import Decoder
 from batiste.models.mapping import entries
-from batiste.models.registry import architecture_of, configuration, configurations
+from batiste.models.registry import architecture_of, configuration, configurations, told_parameters
 from batiste.models.safetensors import Spec, write_safetensors
 from batiste.models.sampling import Sampling
 from batiste.models.tensors import Weights, WeightsError
@@ -42,8 +42,7 @@ def run(args: Namespace) -> int:
 
 
 def listed(args: Namespace) -> int:
-    rows = [(name, f"{architecture.parameters(config):,}", architecture.summary)
-            for name, architecture, config in configurations()]  # fmt: skip
+    rows = [(name, f"{told_parameters(name):,}", architecture.summary) for name, architecture, _ in configurations()]
     print(table([("configuration", "parameters", "architecture"), *rows]))
     return OK
 

@@ -21,6 +21,7 @@ from .bert import BERT, BERTS, Bert, load_bert, save_bert
 from .clip import CLIP, CLIPS, Clip, load_clip, save_clip
 from .configs import DECODERS, GEMMAS, GPT2S, MIXTRALS, QWEN3_MOES
 from .convnext import CONVNEXT, CONVNEXTS, ConvNext, load_convnext, save_convnext
+from .counts import COUNTS
 from .decoder import Decoder
 from .efficientnet import EFFICIENTNET, EFFICIENTNETS, EfficientNet, load_efficientnet, save_efficientnet
 from .files import open_weights, read_json
@@ -106,6 +107,12 @@ ARCHITECTURES = {
     )
 }  # fmt: skip
 """By name."""
+
+
+def told_parameters(name: str) -> int:
+    """How many parameters a configuration has, by its formula or the table; a model is built where neither knows."""
+    architecture, config = configuration(name)
+    return getattr(config, "parameters", None) or COUNTS.get(name) or architecture.parameters(config)
 
 
 def configurations() -> Iterator[tuple[str, Architecture, Any]]:
