@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import sys
 import typing
 import warnings
@@ -232,7 +231,7 @@ class Pytree(metaclass=PytreeMeta):
             raise TraceContextError(f"Cannot mutate '{type(self).__name__}' from different trace level", at=self,
                                     fix="pass the module to the transformed function as an argument")  # fmt: skip
         cls = type(self)
-        prop = inspect.getattr_static(cls, name, None)
+        prop = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
         if hasattr(type(prop), "__set__"):  # a property, `__class__`, a descriptor of the program: theirs to do
             object.__setattr__(self, name, value)
             return

@@ -64,19 +64,26 @@ class Replica:
         sent: asyncio.Queue[Any] = asyncio.Queue()
         working = asyncio.create_task(self._run(request, sent))
         start = await sent.get()
+        if start is None:
+            await working  # raises what the application raised
+            raise Refusal(500, "The application gave no answer")
         response = need("starlette.responses", extra="serve").StreamingResponse(_parts(sent, working), start["status"])
         response.raw_headers = list(start["headers"])
         return response
 
     async def _run(self, request: Any, sent: asyncio.Queue[Any]) -> None:
-        await self.app(request.scope, request.receive, sent.put)
+        try:
+            await self.app(request.scope, request.receive, sent.put)
+        finally:
+            sent.put_nowait(None)  # whoever waits for more waits no longer
 
     def check_health(self) -> None:
-        """
+        """Says nothing where all engines compute.
+
         Raises:
             Refusal: Ray shall start another replica in place of this one.
         """
-        if not all(batcher.up for batcher in self.server._batchers()):
+        if not all(batcher.up for batcher in self.server.batchers()):
             raise Refusal(503, "An engine does not compute")
 
     def __del__(self) -> None:
@@ -89,6 +96,9 @@ async def _parts(sent: asyncio.Queue[Any], working: asyncio.Task[None]) -> Async
     try:
         while more:
             message = await sent.get()
+            if message is None:
+                await working
+                break
             more = message.get("more_body", False)
             yield message.get("body", b"")
     finally:

@@ -85,12 +85,13 @@ class Server:
 
     def warm(self) -> Server:
         """Compiles all that requests can need; after it the server says that it is ready."""
-        for batcher in self._batchers():
+        for batcher in self.batchers():
             batcher.warm()
         self.ready = True
         return self
 
-    def _batchers(self) -> list[Batcher]:
+    def batchers(self) -> list[Batcher]:
+        """Of all versions of all models."""
         return [batcher for versions in self.models.values() for batcher in versions.values()]
 
     # ------------------------------------------------------------ living
@@ -137,7 +138,7 @@ class Server:
     def close(self, timeout: float = 30.0) -> None:
         """Takes no more; answers what has been accepted."""
         self.gate.draining = True
-        for batcher in self._batchers():
+        for batcher in self.batchers():
             batcher.close(timeout)
         if self.chat is not None:
             self.chat.close(timeout)
@@ -170,7 +171,7 @@ class Server:
         return _json({"live": True})
 
     async def readiness(self, request: Any) -> Any:
-        return self._readiness(self._batchers())
+        return self._readiness(self.batchers())
 
     def _readiness(self, batchers: Sequence[Batcher]) -> Any:
         ready = self.ready and not self.gate.draining and all(batcher.up for batcher in batchers)
