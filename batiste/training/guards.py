@@ -53,6 +53,9 @@ class NonFiniteError(BatisteError, ArithmeticError):
 class Guard(Pytree):
     """Refuses steps whose values are not finite or spike, without asking the host.
 
+    Loss, gradients and the optimizer's state are looked at whole. An update of finite ones that overflows in some
+    numbers of a parameter leaves these numbers as they were, and is not counted unless the first one is among them.
+
     Args:
         nonfinite: `skip` the step; `rollback` to the last snapshot; `raise`, which freezes everything before the bad
             batch until the host looks (`check`, which `fit` calls); `off`.
