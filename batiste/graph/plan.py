@@ -69,7 +69,6 @@ class Landing(NamedTuple):
     writes: bool
 
 
-NO_LOCK = threading.RLock()  # of functions that get no object, which write nothing
 _locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by the id of an object
 
 
@@ -108,10 +107,10 @@ class Plan:
             variables = [flat.leaves[n] for n in part if n not in self.sources]
             self.groups.append((variables, [self.sources[n] for n in part[len(variables) :]]))
         self.landing: Landing | None = None  # of the latest note; replaced whole, for threads may share a plan
-        self.lock = lock_of(self.roots[0][1]()) if self.roots else NO_LOCK
+        self.lock = lock_of(self.roots[0][1]()) if self.roots else threading.RLock()
 
     def run(self, leaves: Sequence[Any]) -> Any:
-        """Calls the program. Calls from several threads that write into one object follow each other."""
+        """Calls the program. Calls from several threads that write follow each other, if they get one object first."""
         with self.lock:
             inputs = self.gather(leaves)
             if self.landing is None or self.landing.writes:

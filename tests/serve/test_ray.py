@@ -66,6 +66,20 @@ def test_a_replica_answers_and_refuses_as_the_server_does(options: dict[str, str
     assert server.gate.draining and answer(replica, "GET", "/v2/models")[0] == 503
 
 
+def test_an_application_that_fails_keeps_nobody_waiting(options: dict[str, str]) -> None:
+    replica = Replica(options)
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/late":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise OSError("no more")
+
+    replica.app = fails
+    for path in ("/early", "/late"):
+        with pytest.raises(OSError, match="no more"):
+            answer(replica, "GET", path)
+
+
 def test_bundles_want_their_key(options: dict[str, str]) -> None:
     unsigned = {name: x for name, x in options.items() if name != "key_file"}
     with pytest.raises(ArgumentError, match="key_file=FILE"):
