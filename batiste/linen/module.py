@@ -75,7 +75,7 @@ class Module(Bound):
         hints = inspect.get_annotations(cls)
         if reserved := {k: v for k, v in hints.items() if k in ("name", "parent")}:
             raise ReservedModuleAttributeError(reserved)
-        cls.__annotations__ = {**hints, "parent": "Any", "name": "str | None"}
+        cls.__annotations__ = {**hints, "parent": Any, "name": str | None}  # no text: it is looked up in a module
         cls.parent = dataclasses.field(default=unspecified, repr=False, kw_only=True)
         cls.name = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
         defined = set(vars(cls))

@@ -413,3 +413,11 @@ def test_a_reserved_field_is_refused():
 
         class Named(nn.Module):
             name: int
+
+
+def test_a_class_of_a_module_that_was_never_entered():
+    """As programs have it that load their plugins by hand."""
+    names = {"__name__": "nowhere", "nn": nn}
+    source = compile("class Plugin(nn.Module):\n    size: int = 3", "plugin.py", "exec", dont_inherit=True)
+    exec(source, names)
+    assert names["Plugin"](4).size == 4
