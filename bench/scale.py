@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("NPROC", "32")  # threads enough for two programs in flight to meet in their collectives
 
 import argparse
 import contextlib

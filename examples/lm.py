@@ -5,8 +5,8 @@
     python examples/lm.py --plan fsdp_tensor --tensor 2 --precision bfloat16 --remat dots --accumulate 2
     python examples/lm.py --parallel --kv-heads 1 --z-loss 1e-4            # blocks in the manner of PaLM
 
-To try plans on a CPU, start it with XLA_FLAGS=--xla_force_host_platform_device_count=8. It ends with 0; with 1 if the
-perplexity is above --require; with 2 and a reason if arguments do not fit.
+To try plans on a CPU, start it with NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=8. It ends with 0; with 1
+if the perplexity is above --require; with 2 and a reason if arguments do not fit.
 """
 
 from __future__ import annotations
