@@ -10,7 +10,7 @@ tangents, not for cotangents, so that forward mode and higher derivatives work t
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -62,34 +62,60 @@ def _abs_square(x: Array) -> Array:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-def normalize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
-    """y = (x - mean) / √(var + ε), with the mean and the variance, which count as constants.
+def normalize(
+    average: Average, x: Array, where: Array | None = None, scale: Array | None = None, bias: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """y = (x - mean) / √(var + ε) * scale + bias, with the mean and the variance, which count as constants.
 
     Under `jit`, equal calls are traced once.
 
     Args:
         where: the entries that the moments are taken over; all of `x` is normalised.
+        scale, bias: with as many dims as `x`, of size 1 where they are the same for all entries.
     """
-    return (_traced_once if is_staged(x) else _normalize)(average, x, where)
+    return (_traced_once if is_staged(x) else _normalize)(average, x, where, scale, bias)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(average: Average, x: Array, where: Array | None) -> tuple[Array, Array, Array]:
+def _normalize(
+    average: Average, x: Array, where: Array | None, scale: Array | None, bias: Array | None
+) -> tuple[Array, Array, Array]:
     mean, var = average.moments(x, where)
-    return (x - mean) * lax.rsqrt(var + average.epsilon), mean, var
+    return affine(x - mean, lax.rsqrt(var + average.epsilon), scale, bias), mean, var
 
 
 @_normalize.defjvp
 def _normalize_jvp(average: Average, primals: Any, tangents: Any) -> Any:
-    """dy = u - E[u] - y Re E[y* u] with u = dx / √(var + ε)."""
-    (x, where), dx = primals, tangents[0]
+    """dy = (u - E[u] - n Re E[n* u]) scale + n dscale + dbias with n = (x - mean) / √(var + ε), u = dx / √(var + ε).
+
+    Where the parameters are the same for all entries of a mean, what multiplies n is added up before it meets n, and so
+    is what is added to all entries alike: the transpose then sums the cotangents, and their products with n, once for
+    the means and for both parameters.
+    """
+    (x, where, scale, bias), (dx, _, dscale, dbias) = primals, tangents
     mean, var = average.moments(x, where)
     factor = lax.rsqrt(var + average.epsilon)
-    y, u = (x - mean) * factor, dx * factor
-    dy = u - y * average(jnp.real(jnp.conj(y) * u), where)
-    if average.centered:
-        dy = dy - average(u, where)
-    return (y, mean, var), (dy, jnp.zeros_like(mean), jnp.zeros_like(var))
+    n, u = (x - mean) * factor, dx * factor
+    slope = -average(jnp.real(jnp.conj(n) * u), where)
+    shift = -average(u, where) if average.centered else None
+    scaled = lambda term: term if term is None or scale is None else term * scale
+    if any(p is not None and p.shape[dim] < x.shape[dim] for p in (scale, bias) for dim in average.dims):
+        dy = _sum(scaled(u), n * _sum(scaled(slope), dscale), _sum(scaled(shift), dbias))
+    else:
+        dy = _sum(scaled(_sum(u, n * slope, shift)), None if dscale is None else n * dscale, dbias)
+    return (affine(x - mean, factor, scale, bias), mean, var), (dy, jnp.zeros_like(mean), jnp.zeros_like(var))
+
+
+def _sum(*terms: Array | None) -> Any:
+    """The sum of those that are there; None if none is."""
+    there = [term for term in terms if term is not None]
+    return reduce(jnp.add, there) if there else None
+
+
+def affine(x: Array, factor: Array, scale: Array | None, bias: Array | None) -> Array:
+    """x * (factor * scale) + bias, where they are switched on."""
+    y = x * (factor if scale is None else factor * scale)
+    return y if bias is None else y + bias
 
 
 _traced_once = jax.jit(_normalize, static_argnums=0, inline=True)

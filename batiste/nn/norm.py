@@ -22,7 +22,7 @@ from . import initializers
 from .checks import check_sizes, decided, params_stream
 from .initializers import Initializer
 from .linear import NO_METADATA, value_of
-from .moments import Average, normalize
+from .moments import Average, affine, normalize
 
 Axes = int | Sequence[int]
 
@@ -66,11 +66,9 @@ def _feature_shape(layer: Any, x: Array, dims: tuple[int, ...], num_features: in
     return shape
 
 
-def _affine(y: Array, scale: Array | None, bias: Array | None, shape: tuple[int, ...]) -> Array:
-    """y * scale + bias, where they are switched on."""
-    if scale is not None:
-        y = y * scale.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
+def _parameters(shape: tuple[int, ...], *parameters: Array | None) -> list[Array | None]:
+    """Those that are switched on, in the shape in which they meet the input."""
+    return [None if parameter is None else parameter.reshape(shape) for parameter in parameters]
 
 
 def _wide(layer: Any, x: Array) -> Array:
@@ -166,14 +164,14 @@ class BatchNorm(Module):
         shape = _feature_shape(self, x, features, self.num_features)
         if stored:
             factor = lax.rsqrt(_wide(self, var) + self.epsilon).reshape(shape)
-            return _affine((_wide(self, x) - mean.reshape(shape)) * factor, scale, bias, shape).astype(dtype)
+            return affine(_wide(self, x) - mean.reshape(shape), factor, *_parameters(shape, scale, bias)).astype(dtype)
         dims = tuple(dim for dim in range(x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, mean, var = normalize(average, _wide(self, x), _selection(mask, x))
+        y, mean, var = normalize(average, _wide(self, x), _selection(mask, x), *_parameters(shape, scale, bias))
         for statistic, new in ((self.mean, mean), (self.var, var)):
             followed = self.momentum * statistic[...] + (1 - self.momentum) * new.reshape(self.num_features)
             statistic.set_value(lax.stop_gradient(followed))  # as it is: a complex mean stays one
-        return _affine(y, scale, bias, shape).astype(dtype)
+        return y.astype(dtype)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """The options of this layer for `nnx.view`.
@@ -254,8 +252,8 @@ class LayerNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x))
-        return _affine(y, scale, bias, shape).astype(dtype)
+        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x), *_parameters(shape, scale, bias))
+        return y.astype(dtype)
 
 
 class RMSNorm(Module):
@@ -322,8 +320,8 @@ class RMSNorm(Module):
         shape = _feature_shape(self, x, _dims(self, "feature_axes", self.feature_axes, x.ndim), self.num_features)
         average = Average(_dims(self, "reduction_axes", self.reduction_axes, x.ndim), self.epsilon, False,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
-        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x))
-        return _affine(y, scale, None, shape).astype(dtype)
+        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x), *_parameters(shape, scale))
+        return y.astype(dtype)
 
 
 class GroupNorm(Module):
@@ -401,8 +399,9 @@ class GroupNorm(Module):
         average = Average(_grouped_dims(self, x.ndim), self.epsilon, True,
                           self.use_fast_variance, self.axis_name, self.axis_index_groups)  # fmt: skip
         where = None if mask is None else jnp.broadcast_to(jnp.asarray(mask, bool), x.shape).reshape(grouped)
-        y, _, _ = normalize(average, _wide(self, x).reshape(grouped), where)
-        return _affine(y.reshape(x.shape), scale, bias, shape).astype(dtype)
+        scale, bias = _parameters((*shape[:-1], *grouped[-2:]), scale, bias)
+        y, _, _ = normalize(average, _wide(self, x).reshape(grouped), where, scale, bias)
+        return y.reshape(x.shape).astype(dtype)
 
 
 def _grouped_dims(layer: GroupNorm, ndim: int) -> tuple[int, ...]:
@@ -511,5 +510,5 @@ class InstanceNorm(Module):
         shape = _feature_shape(self, x, features, self.num_features)
         dims = tuple(dim for dim in range(1, x.ndim) if dim not in features)
         average = Average(dims, self.epsilon, True, self.use_fast_variance, self.axis_name, self.axis_index_groups)
-        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x))
-        return _affine(y, scale, bias, shape).astype(dtype)
+        y, _, _ = normalize(average, _wide(self, x), _selection(mask, x), *_parameters(shape, scale, bias))
+        return y.astype(dtype)

@@ -124,9 +124,10 @@ AVERAGES = {
 }
 
 
-def by_autodiff(average, x, where):
+def by_autodiff(average, x, where, scale=None, bias=None):
     mean, var = average.moments(x, where)
-    return (x - mean) * lax.rsqrt(var + average.epsilon)
+    y = (x - mean) * lax.rsqrt(var + average.epsilon)
+    return y * (1 if scale is None else scale) + (0 if bias is None else bias)
 
 
 @pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
@@ -143,6 +144,40 @@ def test_its_own_rule_is_what_autodiff_finds(average, where):
         lambda f: jax.jacfwd(jax.jacfwd(f))(x),  # forward over forward
     ):
         assert_close(derivative(ours), derivative(autodiff), 1e-4)
+
+
+PARAMETERS = {  # shapes of scale and bias
+    "of each entry": ((1, 1, 5), (1, 1, 5)),
+    "shared by the entries of a mean": ((1, 4, 1), (1, 4, 1)),
+    "shared scale": ((1, 4, 1), None),
+    "shared bias": (None, (1, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("average", [AVERAGES["two dims"], AVERAGES["not centred"]], ids=["centred", "not centred"])
+@pytest.mark.parametrize("shapes", PARAMETERS.values(), ids=PARAMETERS)
+def test_its_own_rule_with_parameters(average, shapes):
+    arrays = [normal(3, 4, 5), *(None if shape is None else normal(*shape) for shape in shapes)]
+    along, where = jax.tree.map(np.cos, arrays), arrays[0] > -0.5
+
+    @jax.jit
+    def values_and_derivatives(arrays, along):
+        def of(function):
+            f = lambda arrays: jnp.sum(jnp.sin(function(average, arrays[0], where, *arrays[1:])))
+            return jax.value_and_grad(f)(arrays), *jax.jvp(jax.grad(f), (arrays,), (along,))
+
+        return of(lambda *args: normalize(*args)[0]), of(by_autodiff)
+
+    jax.tree.map(lambda ours, autodiff: assert_close(ours, autodiff, 1e-4), *values_and_derivatives(arrays, along))
+
+
+def test_batch_norm_sums_cotangents_once_for_its_means_and_its_parameters():
+    graphdef, params, rest = nnx.split(LAYERS["batch"](), nnx.Param, ...)
+    forward = lambda params, x: nnx.merge(graphdef, params, rest, copy=True)(x)
+    backward = lambda params, x, d: jax.vjp(forward, params, x)[1](d)
+    sums = lambda f, *args: jax.jit(f).lower(*args).compile().as_text().count(" reduce(")
+    x = jnp.ones((16, 8, 8, 6))
+    assert sums(backward, params, x, x) - sums(forward, params, x) == 2
 
 
 def test_its_own_rule_for_complex_inputs():
