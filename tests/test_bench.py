@@ -35,6 +35,13 @@ def test_tracing_compares_both_faces_with_flax() -> None:
     assert all(row["ratio"] > 0 for row in found.values())
 
 
+def test_layers_are_compared_with_those_of_flax() -> None:
+    found = figures("layers.py", "Dropout", "--seconds", 0.01)
+    assert set(found) == {"Dropout"}
+    assert set(found["Dropout"]) == {"forward time", "gradient time", "gradient memory"}
+    assert all(ratio > 0 for ratio in found["Dropout"].values())
+
+
 def test_memory_stays_flat_and_dropped_models_are_freed() -> None:
     found = figures("memory.py", "--steps", 1200, "--models", 4, "--width", 16)
     assert len(found["steps"]) == 10
