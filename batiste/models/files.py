@@ -9,13 +9,16 @@ from typing import Any
 from batiste.graph.strict import parse_json
 
 from .gguf import open_gguf
-from .safetensors import INDEX, open_safetensors
+from .safetensors import FILE, INDEX, STEMS, open_safetensors
 from .tensors import Weights, WeightsError
 from .torch_files import open_torch
 
 SUFFIXES = {".safetensors": open_safetensors, ".gguf": open_gguf,
             **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".jit"), open_torch)}  # fmt: skip
-IN_FOLDERS = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+IN_FOLDERS = {
+    **{name.format(stem): open_safetensors for stem in STEMS for name in (INDEX, FILE)},
+    **dict.fromkeys(("pytorch_model.bin.index.json", "pytorch_model.bin"), open_torch),
+}
 MOST_SETTINGS = 1 << 24  # bytes of a config.json
 
 
@@ -29,8 +32,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if path.is_dir():
-        found = next((name for name in IN_FOLDERS if (path / name).exists()), IN_FOLDERS[1])
-        return open_torch(path) if found.startswith("pytorch") else open_safetensors(path)
+        return next((opened for name, opened in IN_FOLDERS.items() if (path / name).exists()), open_safetensors)(path)
     if path.suffix not in SUFFIXES:
         raise WeightsError("a file's ending says its format", at=str(path), got=repr(path.suffix),
                            expected=", ".join(SUFFIXES))  # fmt: skip

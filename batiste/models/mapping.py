@@ -21,7 +21,7 @@ import fnmatch
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from batiste.graph import BatchStat, Module, Param, Rngs, RngState, Variable, it
 from batiste.nn import Conv, Linear, LinearGeneral
 from batiste.sharding import current_plan
 
-from .safetensors import SHARD_BYTES, Spec, write_safetensors
+from .safetensors import SHARD_BYTES, STEMS, Spec, write_safetensors
 from .tensors import Weights, WeightsError, room
 
 
@@ -275,20 +275,25 @@ def _placed(path: tuple, variable: Variable, value: Any) -> jax.Array:
 
 # ---------------------------------------------------------------- writing
 def save(model: Module, table: Table, folder: str | Path, *, dtype: DTypeLike | None = None,
-         shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
+         shard_bytes: int = SHARD_BYTES, stem: str = STEMS[0],
+         again: Sequence[str] = ()) -> list[Path]:  # fmt: skip
     """Writes safetensors with a table's names into a folder, one tensor in memory at a time; says which files.
 
     Args:
         dtype: of the values in the files; that of each parameter if left out.
         shard_bytes: a larger model is written to several files, with an index.
+        stem: of the names of the files.
+        again: starts of names; what begins with the first is written once more for each of the others.
     """
     tensors: dict[str, list[tuple[Entry, tuple[int, ...]]]] = {}
     for entry in entries(model, table):
         for name, at in entry.parts():
             tensors.setdefault(name, []).append((entry, at))
+    firsts = [name for name in tensors if again and name.startswith(again[0])]
+    tensors |= {start + name.removeprefix(again[0]): tensors[name] for start in again[1:] for name in firsts}
     specs = [Spec(name, parts[0][0].theirs, np.dtype(dtype or parts[0][0].variable.dtype))
              for name, parts in tensors.items()]  # fmt: skip
-    return write_safetensors(folder, specs, map(_joined, tensors.values()), shard_bytes)
+    return write_safetensors(folder, specs, map(_joined, tensors.values()), shard_bytes, stem)
 
 
 def _joined(parts: list[tuple[Entry, tuple[int, ...]]]) -> np.ndarray:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """safetensors: 8 bytes with the length of a JSON header, the header, the values. Read and written with numpy alone.
 
-A folder may hold several files and `model.safetensors.index.json`, which says in which of them each tensor lies.
+A folder may hold several files and `model.safetensors.index.json`, which says in which of them each tensor lies. In
+models of diffusion, `model` is `diffusion_pytorch_model`.
 
 Source: the format's description, github.com/huggingface/safetensors.
 """
@@ -23,7 +24,8 @@ from .tensors import Tensor, Weights, WeightsError, checked_shape, file_size
 
 HEADER_LIMIT = 100_000_000
 SHARD_BYTES = 5_000_000_000  # the most of one file, if nothing else is said
-INDEX = "model.safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+FILE, INDEX = "{}.safetensors", "{}.safetensors.index.json"
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
@@ -40,9 +42,12 @@ def open_safetensors(path: str | Path) -> Weights:
     path = Path(path)
     if not path.is_dir():
         return _open_file(path)
-    if not (path / INDEX).is_file():
-        return _open_file(path / "model.safetensors")
-    return index_of(path / INDEX, _open_file)
+    for stem in STEMS:
+        if (path / INDEX.format(stem)).is_file():
+            return index_of(path / INDEX.format(stem), _open_file)
+        if (path / FILE.format(stem)).is_file():
+            return _open_file(path / FILE.format(stem))
+    return _open_file(path / FILE.format(STEMS[0]))
 
 
 def index_of(path: Path, open_file: Callable[[Path], Weights]) -> Weights:
@@ -139,7 +144,7 @@ class Spec(NamedTuple):
 
 
 def write_safetensors(folder: str | Path, specs: Iterable[Spec], values: Iterable[np.ndarray],
-                      shard_bytes: int = SHARD_BYTES) -> list[Path]:  # fmt: skip
+                      shard_bytes: int = SHARD_BYTES, stem: str = STEMS[0]) -> list[Path]:  # fmt: skip
     """Writes the tensors in this order, to files of at most `shard_bytes` (but for a larger tensor), and the index.
 
     `values` is gone through once: it may make each tensor when its turn comes.
@@ -151,15 +156,16 @@ def write_safetensors(folder: str | Path, specs: Iterable[Spec], values: Iterabl
             shards.append([])
         shards[-1].append(spec)
     n, values = len(shards), iter(values)
-    names = [f"model-{i + 1:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors" for i in range(n)]
+    names = [FILE.format(f"{stem}-{i + 1:05}-of-{n:05}" if n > 1 else stem) for i in range(n)]
+    index = folder / INDEX.format(stem)
     for name, shard in zip(names, shards):
         _write_file(folder / name, shard, values)
     if n > 1:
         places = {spec.name: name for name, shard in zip(names, shards) for spec in shard}
         total = sum(spec.size for shard in shards for spec in shard)
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
+        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
     else:
-        (folder / INDEX).unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
     return [folder / name for name in names]
 
 
