@@ -23,12 +23,14 @@ from .configs import DECODERS, GEMMAS, GPT2S, MIXTRALS, QWEN3_MOES
 from .convnext import CONVNEXT, CONVNEXTS, ConvNext, load_convnext, save_convnext
 from .counts import COUNTS
 from .decoder import Decoder
+from .dit import DIT, DITS, Dit, load_dit, save_dit
 from .efficientnet import EFFICIENTNET, EFFICIENTNETS, EfficientNet, load_efficientnet, save_efficientnet
 from .files import open_weights, read_json
 from .kinds import GEMMA, GPT2, LLAMA, MIXTRAL, QWEN3_MOE
 from .mapping import Table, entries
 from .resnet import RESNET, RESNETS, ResNet, load_resnet, save_resnet
 from .tensors import WeightsError
+from .unet import UNET, UNETS, Unet, load_unet, save_unet
 from .vit import VIT, VITS, Vit, load_vit, save_vit
 from .weights import load_decoder, save_decoder
 from .whisper import WHISPER, WHISPERS, Whisper, load_whisper, save_whisper
@@ -71,6 +73,12 @@ def _images(config: Any) -> tuple[Any, ...]:
     return (jnp.linspace(-1, 1, size * size * 3).reshape(1, size, size, 3),)
 
 
+def _noisy(config: Any) -> tuple[Any, ...]:
+    shape = (1, config.size, config.size, config.channels)
+    labels = () if getattr(config, "labels", 1) is None else (jnp.ones(1, jnp.int32),)
+    return jnp.linspace(-1, 1, math.prod(shape)).reshape(shape), jnp.full(1, 500), *labels
+
+
 def _speech(config: Any) -> tuple[Any, ...]:
     shape = (1, 2 * config.moments, config.bands)
     return jnp.linspace(-1, 1, math.prod(shape)).reshape(shape), *_tokens(config)
@@ -104,6 +112,10 @@ ARCHITECTURES = {
                      load_clip, save_clip, ("clip",), lambda config: (*_images(config), *_tokens(config))),
         Architecture("whisper", "speech to text, from spectra: Whisper", Whisper, WHISPERS, WHISPER,
                      load_whisper, save_whisper, ("whisper",), _speech),
+        Architecture("dit", "pictures out of noise: diffusion transformers", Dit, DITS, DIT,
+                     load_dit, save_dit, ("DiTTransformer2DModel",), _noisy),
+        Architecture("unet", "pictures out of noise: the UNet of DDPM", Unet, UNETS, UNET,
+                     load_unet, save_unet, ("UNet2DModel",), _noisy),
     )
 }  # fmt: skip
 """By name."""
@@ -145,7 +157,8 @@ def architecture_of(path: str | Path) -> Architecture:
     """
     path = Path(path)
     if path.is_dir():
-        kind = read_json(path / "config.json").get("model_type")
+        about = read_json(path / "config.json")
+        kind = about.get("model_type", about.get("_class_name"))
     else:
         kind = open_weights(path).about.get("general.architecture")
     found = next((each for each in ARCHITECTURES.values() if kind in each.kinds), None)
