@@ -24,7 +24,6 @@ from batiste import nn
 from batiste.graph import List, Module, Rngs, data
 from batiste.graph.errors import ArgumentError, ShapeError
 
-from . import blocks
 from .blocks import Attention
 from .images import check_images
 from .mapping import Table
@@ -32,8 +31,8 @@ from .safetensors import SHARD_BYTES
 from .settings import Published, Settings
 from .times import Times
 
-RULES = (*blocks.RULES[:2], ("{kernel,scale,bias,embedding}", (...,)))
-"""Attention alone has a dim that a `tensor` axis divides; convolutions are divided by the batch, and by `fsdp`."""
+RULES = (("{kernel,scale,bias,embedding}", (...,)),)
+"""Nothing is for a `tensor` axis: the published models have one head. They are divided by the batch, and by `fsdp`."""
 
 PARTS = (("norm1", "norm1", "scale"), ("conv1", "conv1", "kernel"), ("time", "time_emb_proj", "kernel"),
          ("norm2", "norm2", "scale"), ("conv2", "conv2", "kernel"),

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiT, UNet and samplers: as diffusers has them with drawn weights (golden/make_diffusion.py), training, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from batiste import nnx, sharding
+from batiste.graph.errors import ArgumentError, ShapeError
+from batiste.models import WeightsError, dit, open_weights, unet
+from batiste.models import diffusion as d
+from batiste.models.mapping import entries
+from batiste.models.safetensors import of_arrays, write_safetensors
+from batiste.models.times import waves
+
+from .golden.make_diffusion import FILE, KINDS, LABELS, SCHEDULES, STEPS, TIMES, drawn, pictures, predicted
+
+GOLDEN: dict[str, np.ndarray] = dict(np.load(FILE))
+MODELS = {
+    "dit": (dit.load_dit, dit.save_dit, dit.DIT, dit.RULES),
+    "unet": (unet.load_unet, unet.save_unet, unet.UNET, unet.RULES),
+    "unet, as of DDPM": (unet.load_unet, unet.save_unet, unet.UNET, unet.RULES),
+}
+SCHEDULES_HERE = {"linear": d.linear(), "scaled_linear": d.scaled_linear(), "cosine": d.cosine()}
+run = nnx.jit(lambda model, *args: model(*args))
+
+
+def told(name: str) -> Any:
+    return json.loads(GOLDEN[name].tobytes())
+
+
+def write_theirs(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """The folder of a model that diffusers would write."""
+    tensors = {key: drawn(key, tuple(shape)) for key, shape in told(f"{name}/shapes").items()}
+    write_safetensors(folder, of_arrays(tensors), tensors.values(), stem="diffusion_pytorch_model")
+    (folder / "config.json").write_text(json.dumps(told(f"{name}/config")))
+    return tensors
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def inputs(model: Any) -> tuple[Any, ...]:
+    labels = () if getattr(model.config, "labels", 1) is None else (LABELS,)
+    return pictures(model.config.size, model.config.channels), TIMES, *labels
+
+
+def test_with_drawn_weights_it_computes_what_diffusers_computes_and_is_saved_as_it_was(
+    name: str, tmp_path: Path
+) -> None:
+    load, save, table, rules = MODELS[name]
+    tensors = write_theirs(name, tmp_path)
+    model = load(tmp_path)
+    expected = GOLDEN[f"{name}/output"]
+    np.testing.assert_allclose(run(model, *inputs(model)), expected, atol=1e-4 * abs(expected).max())
+
+    save(model, tmp_path / "out")
+    found = {key: tensor.read() for key, tensor in open_weights(tmp_path / "out").tensors.items()}
+    assert found.keys() == tensors.keys() and all(np.array_equal(found[key], tensors[key]) for key in found)
+    said, theirs = json.loads((tmp_path / "out" / "config.json").read_text()), told(f"{name}/config")
+    assert {key: theirs[key] for key in said.keys() & theirs} == said
+
+    names = {theirs for entry in entries(model, table) for theirs, _ in entry.parts()}
+    repeated = {key for key in tensors if ".norm1.emb." in key and not key.startswith("transformer_blocks.0.")}
+    assert names == tensors.keys() - repeated
+    plan = sharding.Plan(sharding.make_mesh(tensor=2, devices=jax.devices()[:2]), paths=rules, strict=True,
+                         names={"heads": "tensor", "mlp": "tensor"})  # fmt: skip
+    assert "no rule" not in str(sharding.explain_sharding(lambda: nnx.clone(model), plan))
+
+
+def test_names_of_older_files_are_read(tmp_path: Path) -> None:
+    tensors = write_theirs("unet", tmp_path)
+    older = dict(tensors)
+    for old, new in unet.OLDER.items():
+        older = {key.replace(new, old): value for key, value in older.items()}
+    assert older.keys() != tensors.keys()
+    write_safetensors(tmp_path, of_arrays(older), older.values(), stem="diffusion_pytorch_model")
+    kernel = unet.load_unet(tmp_path).middle.attentions[0].attn.out.kernel
+    assert np.array_equal(kernel[...].reshape(16, 16), tensors["mid_block.attentions.0.to_out.0.weight"].T)
+
+
+def test_blocks_whose_embeddings_differ_are_refused(tmp_path: Path) -> None:
+    tensors = write_theirs("dit", tmp_path)
+    tensors["transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"][3, 5] += 1
+    write_safetensors(tmp_path, of_arrays(tensors), tensors.values(), stem="diffusion_pytorch_model")
+    with pytest.raises(WeightsError, match=r"blocks.2.norm1.emb.*not the one that it repeats|repeats"):
+        dit.load_dit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("dit", {"norm_type": "layer_norm"}, "norm_type='layer_norm'"),
+        ("dit", {"_class_name": "UNet2DModel"}, "_class_name='UNet2DModel'"),
+        ("dit", {"num_layers": 4}, "lack a tensor"),
+        ("dit", {"attention_head_dim": 7}, "patches divide|4 the features"),
+        ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "on both ways alike"),
+        ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ("unet", {"block_out_channels": [8, 18]}, "groups, heads"),
+        ("unet", {"layers_per_block": 2}, "lack a tensor|another model"),
+    ],
+)
+def test_files_of_other_models_are_refused(name: str, changes: dict, message: str, tmp_path: Path) -> None:
+    write_theirs(name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(told(f"{name}/config") | changes))
+    with pytest.raises(WeightsError, match=message):
+        MODELS[name][0](tmp_path)
+
+
+# ---------------------------------------------------------------- samplers
+def says(channels: int = 3) -> d.Predict:
+    return lambda x, t: predicted(jnp, x, t.astype(jnp.float32), channels)
+
+
+def end(name: str) -> np.ndarray:
+    """Where diffusers' sampler ends, and the noise it starts from."""
+    return GOLDEN[name]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_and_ddim_are_those_of_diffusers(schedule: str) -> None:
+    ours = SCHEDULES_HERE[schedule]
+    np.testing.assert_allclose(ours.kept_T[::111], GOLDEN[f"kept/{schedule}"], rtol=2e-5)
+    np.testing.assert_allclose(ours.kept_T + ours.noise_T, 1, rtol=1e-6)
+    x = jnp.asarray(pictures(4, 3))
+    sample = jax.jit(lambda x: {(kind, zero): d.ddim(says(), x, ours, d.spaced(STEPS, to_zero=zero), kind=kind)
+                                for kind in KINDS for zero in (True, False)})  # fmt: skip
+    for (kind, zero), found in sample(x).items():
+        expected = GOLDEN[f"ddim/{schedule}/{kind}/{'leading' if zero else 'trailing'}"]
+        np.testing.assert_allclose(found, expected, atol=1e-4 * abs(expected).max(), err_msg=f"{kind} {zero}")
+
+
+def test_samplers_that_draw_and_those_of_flows_are_those_of_diffusers() -> None:
+    x, key, schedule, times = jnp.asarray(pictures(4, 3)), jax.random.key(0), d.linear(), d.spaced(STEPS)
+
+    @jax.jit
+    def samples(x: jax.Array) -> dict[str, jax.Array]:
+        found = {f"ddpm/{how}": d.ddpm(says(6 if how == "learnt" else 3), x, key, schedule, times, variance=how, clip=1)
+                 for how in ("small", "large", "learnt")}  # fmt: skip
+        found["ddim/drawn"] = d.ddim(says(), x, schedule, times, eta=1.0, key=key, clip=1)
+        return found | {name: solve(says(), x, GOLDEN[f"{name}/times"])
+                        for name, solve in (("euler", d.euler), ("heun", d.heun))}  # fmt: skip
+
+    for name, found in samples(x).items():
+        expected = GOLDEN[name]
+        np.testing.assert_allclose(found, expected, atol=1e-4 * abs(expected).max(), err_msg=name)
+
+
+def test_what_models_say_converts_and_weights_are_those_of_min_snr() -> None:
+    schedule, (x0, epsilon) = d.cosine(), np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    t_B = jnp.array([10, 500, 900])
+    x, level = d.noised(schedule, jnp.asarray(x0), jnp.asarray(epsilon), t_B), schedule.at(t_B, 2)
+    for kind in KINDS:
+        target = d.target_of(kind, jnp.asarray(x0), jnp.asarray(epsilon), *level)
+        for found, expected in zip(d.parts_of(kind, target, x, *level), (x0, epsilon)):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    ratio = schedule.kept_T.astype(np.float64) / schedule.noise_T
+    # the three losses are one: what is wrong with x0, seen as what is wrong with epsilon or v
+    of_x0 = d.min_snr(schedule, "x0")
+    np.testing.assert_allclose(d.min_snr(schedule, "epsilon") * ratio, of_x0, rtol=1e-5)
+    np.testing.assert_allclose(d.min_snr(schedule, "v") * (ratio + 1), of_x0, rtol=1e-5)
+    assert of_x0.max() == 5 and of_x0.min() == pytest.approx(ratio[-1])
+
+
+@pytest.mark.parametrize(("solve", "order"), [(d.euler, 1), (d.heun, 2)])
+def test_a_sampler_of_flows_has_its_order(solve: Any, order: int) -> None:
+    """dx/dσ = 2 σ x, from x = e at σ = 1, ends at 1."""
+    ends = [solve(lambda x, t: 2 * t[:, None] / 1000 * x, jnp.full((1, 1), jnp.e), d.flow_times(n)) for n in (10, 20)]
+    wrong = [abs(float(x[0, 0]) - 1) for x in ends]
+    assert wrong[0] / wrong[1] == pytest.approx(2**order, rel=0.15)
+
+
+def test_a_model_that_knows_the_noise_gets_the_picture_back_and_losses_are_zero() -> None:
+    x0, key, schedule = jnp.asarray(pictures(4, 3)), jax.random.key(1), d.linear()
+    noise = jax.random.normal(key, x0.shape)
+    found = d.euler(lambda x, t: noise - x0, noise, d.flow_times(3, shift=3.0))
+    np.testing.assert_allclose(found, x0, atol=1e-5)
+    a, s = schedule.at(999)
+    found = d.ddim(lambda x, t: noise, a * x0 + s * noise, schedule, d.spaced(7, to_zero=False))
+    np.testing.assert_allclose(found, x0, atol=2e-3)  # a is 0.006: rounding of x comes back 150 times
+
+    def knows(x: jax.Array, t: jax.Array) -> jax.Array:
+        a, s = schedule.at(t, 4)
+        return (x - a * x0) / s
+
+    sigma = lambda t: t.reshape(-1, 1, 1, 1) / 1000
+    assert d.noise_loss(knows, x0, key, schedule) < 1e-6
+    assert d.noise_loss(lambda x, t: x0, x0, key, schedule, kind="x0", gamma=5.0) == 0
+    assert d.noise_loss(lambda x, t: jnp.zeros_like(x), x0, key, schedule, gamma=5.0) < 1.2
+    assert d.flow_loss(lambda x, t: (x - x0) / sigma(t), x0, key, middle=1.0) < 1e-6
+    assert d.flow_loss(lambda x, t: jnp.zeros_like(x), x0, key) > 1
+
+
+def test_guidance_moves_from_none_to_the_label_and_beyond_but_not_variances() -> None:
+    def model(x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.concatenate([x * labels.reshape(-1, 1), x + labels.reshape(-1, 1)], axis=-1)
+
+    x, t, labels = jnp.ones((2, 3)), jnp.zeros(2), jnp.array([1, 2])
+    for scale in (0.0, 1.0, 2.5):
+        found = d.guided(model, labels, none=7, scale=scale)(x, t)
+        np.testing.assert_allclose(found[:, :3], 7 + scale * (labels[:, None] - 7) * jnp.ones((2, 3)), rtol=1e-6)
+        np.testing.assert_allclose(found[:, 3:], 1 + labels[:, None] * jnp.ones((2, 3)))
+
+
+# ---------------------------------------------------------------- training
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_it_trains_drops_labels_and_samples_in_one_program(kind: str) -> None:
+    small = {"widths": (8,), "looking": (0,), "dropout": 0.1}
+    config = dit.DITS["tiny"].replace(outputs=4) if kind == "dit" else unet.UNETS["tiny"].replace(**small)
+    model: Any = (dit.Dit if kind == "dit" else unet.Unet)(config, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    labels = jnp.arange(8) % 2
+    x0 = jnp.broadcast_to(2.0 * labels.reshape(-1, 1, 1, 1) - 1, (8, 8, 8, config.channels))  # all black or all white
+
+    @nnx.jit
+    def step(model: Any, optimizer: nnx.Optimizer, key: jax.Array) -> jax.Array:
+        loss = lambda model: d.flow_loss(lambda x, t: model(x, t, labels), x0, key)
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    losses = [float(step(model, optimizer, key)) for key in jax.random.split(jax.random.key(0), 25)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    model.eval()
+    sample = nnx.jit(lambda model, x: d.euler(d.guided(model, labels, none=10, scale=1.5), x, d.flow_times(2)))
+    found = sample(model, x0)
+    assert found.shape == x0.shape and np.isfinite(found).all()
+
+
+def test_a_dit_begins_as_nothing_and_leaves_out_labels_in_training_alone() -> None:
+    model = dit.Dit(dit.DITS["tiny"].replace(drop_class=0.5), rngs=nnx.Rngs(0))
+    assert not np.any(run(model, *inputs(model)))
+    labels = jnp.zeros(64, jnp.int32)
+    none = model.classes.embed(jnp.array([10]))[0]
+    dropped = [bool((row == none).all()) for row in np.asarray(model.classes(labels))]
+    assert 16 < sum(dropped) < 48
+    model.eval()
+    assert not any((row == none).all() for row in np.asarray(model.classes(labels)))
+
+
+def test_waves_are_of_all_lengths() -> None:
+    t_B = np.array([0.0, 3.0, 999.5], np.float32)
+    found = np.asarray(waves(t_B, 8, sine_first=True, shift=1))
+    angles = t_B[:, None] * 10_000.0 ** -(np.arange(4) / 3)
+    np.testing.assert_allclose(found, np.concatenate([np.sin(angles), np.cos(angles)], -1), atol=1e-4)
+
+
+# ---------------------------------------------------------------- errors
+def test_what_does_not_fit_is_refused() -> None:
+    schedule, x = d.linear(), jnp.zeros((1, 2))
+    tiny = unet.Unet(unet.UNETS["tiny"], rngs=nnx.Rngs(0))
+    transformer = dit.Dit(dit.DITS["tiny"], rngs=nnx.Rngs(0))
+    none = lambda x, t: x
+    for wrong, error, message in (
+        (lambda: tiny(jnp.zeros((1, 8, 8, 3)), 0), ArgumentError, "labels left out"),
+        (lambda: tiny(jnp.zeros((1, 9, 8, 3)), 0, 1), ShapeError, "halves the picture"),
+        (lambda: transformer(jnp.zeros((1, 9, 8, 4)), 0, 1), ShapeError, "patches divide"),
+        (lambda: transformer(jnp.zeros((1, 8, 8, 3)), 0, 1), ShapeError, "channels last"),
+        (lambda: dit.DitConfig(layers=0), ArgumentError, "layers is a size"),
+        (lambda: unet.UnetConfig(looking=(4,)), ArgumentError, "levels that exist"),
+        (lambda: d.schedule_of([0.1, 1.0]), ArgumentError, "between 0 and 1"),
+        (lambda: d.spaced(1001), ArgumentError, "1 to 1000"),
+        (lambda: d.flow_times(0), ArgumentError, "got 0"),
+        (lambda: d.ddim(none, x, schedule, [0, 10]), ArgumentError, "from large to small"),
+        (lambda: d.ddim(none, x, schedule, [1000, 0]), ArgumentError, "from 999 to 0"),
+        (lambda: d.ddim(none, x, schedule, [10, 0], eta=1.0), ArgumentError, "no key"),
+        (lambda: d.ddpm(none, x, jax.random.key(0), schedule, [0], variance="fixed"), ArgumentError, "learnt"),
+        (lambda: d.min_snr(schedule, "noise"), ArgumentError, "epsilon, v or x0"),
+    ):
+        with pytest.raises(error, match=message):
+            wrong()
