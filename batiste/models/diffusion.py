@@ -195,6 +195,16 @@ def flow_loss(predict: Predict, x0: Array, key: Array, *, middle: float | None =
     return _per_row(predict((1 - sigma) * x0 + sigma * epsilon, FLOW * sigma_B) - (epsilon - x0)).mean()
 
 
+def dropped(labels_B: Array, key: Array, *, none: int, rate: float = 0.1) -> Array:
+    """labels[B], of which a share becomes `none`: what `guided` compares with is learnt so
+
+    `Dit` does so by itself in training, `Unet` does not.
+
+    Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", algorithm 1.
+    """
+    return jnp.where(jax.random.bernoulli(key, rate, labels_B.shape), none, labels_B)
+
+
 def _per_row(error: Array) -> Array:
     return jnp.square(error.astype(jnp.float32)).reshape(error.shape[0], -1).mean(-1)
 

@@ -196,11 +196,11 @@ class Unet(Module):
 
     def _conditions(self, times_B: Array, labels_B: ArrayLike | None) -> Array:
         """silu(c)[B, D]"""
-        c_BD = self.times(times_B)
         if (labels_B is None) != (self.classes is None):
             raise ArgumentError("labels are given to a model that was made for them", at=self,
                                 got=f"labels {'left out' if labels_B is None else 'given'}",
                                 expected=f"as config.labels={self.config.labels} says")  # fmt: skip
+        c_BD = self.times(times_B)
         if self.classes is not None:
             c_BD = c_BD + self.classes(jnp.broadcast_to(jnp.asarray(labels_B), times_B.shape))
         return nn.silu(c_BD)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from batiste.models.times import waves
 
 from .golden.make_diffusion import FILE, KINDS, LABELS, SCHEDULES, STEPS, TIMES, drawn, pictures, predicted
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 GOLDEN: dict[str, np.ndarray] = dict(np.load(FILE))
 MODELS = {
     "dit": (dit.load_dit, dit.save_dit, dit.DIT, dit.RULES),
@@ -122,11 +124,6 @@ def says(channels: int = 3) -> d.Predict:
     return lambda x, t: predicted(jnp, x, t.astype(jnp.float32), channels)
 
 
-def end(name: str) -> np.ndarray:
-    """Where diffusers' sampler ends, and the noise it starts from."""
-    return GOLDEN[name]
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_and_ddim_are_those_of_diffusers(schedule: str) -> None:
     ours = SCHEDULES_HERE[schedule]
@@ -213,11 +210,9 @@ def test_guidance_moves_from_none_to_the_label_and_beyond_but_not_variances() ->
 
 
 # ---------------------------------------------------------------- training
-@pytest.mark.parametrize("kind", ["dit", "unet"])
-def test_it_trains_drops_labels_and_samples_in_one_program(kind: str) -> None:
-    small = {"widths": (8,), "looking": (0,), "dropout": 0.1}
-    config = dit.DITS["tiny"].replace(outputs=4) if kind == "dit" else unet.UNETS["tiny"].replace(**small)
-    model: Any = (dit.Dit if kind == "dit" else unet.Unet)(config, rngs=nnx.Rngs(0))
+def test_it_trains_and_samples_in_one_program() -> None:
+    config = dit.DITS["tiny"].replace(outputs=4, dropout=0.1)
+    model = dit.Dit(config, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     labels = jnp.arange(8) % 2
     x0 = jnp.broadcast_to(2.0 * labels.reshape(-1, 1, 1, 1) - 1, (8, 8, 8, config.channels))  # all black or all white
@@ -258,8 +253,8 @@ def test_waves_are_of_all_lengths() -> None:
 # ---------------------------------------------------------------- errors
 def test_what_does_not_fit_is_refused() -> None:
     schedule, x = d.linear(), jnp.zeros((1, 2))
-    tiny = unet.Unet(unet.UNETS["tiny"], rngs=nnx.Rngs(0))
-    transformer = dit.Dit(dit.DITS["tiny"], rngs=nnx.Rngs(0))
+    tiny = jax.eval_shape(lambda: unet.Unet(unet.UNETS["tiny"], rngs=nnx.Rngs(0)))
+    transformer = jax.eval_shape(lambda: dit.Dit(dit.DITS["tiny"], rngs=nnx.Rngs(0)))
     none = lambda x, t: x
     for wrong, error, message in (
         (lambda: tiny(jnp.zeros((1, 8, 8, 3)), 0), ArgumentError, "labels left out"),
@@ -279,3 +274,57 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(error, match=message):
             wrong()
+
+
+# ---------------------------------------------------------------- the program
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("diffusion")
+
+
+def test_the_program_learns_goes_on_from_its_run_draws_and_measures(
+    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ["--tiny", "--model", "unet", "--steps", "6", "--each", "2", "--sampling-steps", "2", "--require", "1.0", "--sampler", "euler",
+            "--out", str(out), "--run", str(tmp_path / "run")]  # fmt: skip
+    data = importlib.import_module("digits_data").load("digits")
+    first = program.trained(data, program.options(argv))
+    begun = nnx.state(program.model_of("unet", True, 0), nnx.Param)
+    still = jax.tree.map(np.array_equal, nnx.state(first, nnx.Param), begun)
+    assert not any(jax.tree.leaves(still)), "every parameter learns"
+    again = program.trained(data, program.options([*argv, "--seed", "1"]))  # from the start it would be another
+    assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(first, nnx.Param), nnx.state(again, nnx.Param)))
+    assert program.main(argv) == 1 and "below the required 100.0%" in (said := capsys.readouterr().out)
+    assert (out / "samples.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in said.splitlines() if line.startswith(("written", "real"))]
+    named, distance, nearest = ([float(row[i].rstrip("%")) for row in rows] for i in (-3, -2, -1))
+    assert named[0] < 60 < named[1], "noise is no digit, real ones are"
+    assert distance[0] > distance[2] > distance[1] and abs(distance[1]) < 1e-6
+    assert nearest[0] > 2 * nearest[1] > nearest[2] == 0
+
+
+def test_the_distance_of_sets_is_that_of_their_means_and_spreads(program: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(400, 3))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+    assert program.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert program.frechet(x, x + [3, 0, 4]) == pytest.approx(25)
+    assert program.frechet(x, 3 * x) == pytest.approx(3 * (3 - 1) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "0"], "expected a whole number above zero"),
+        (["--model", "vae"], "invalid choice: 'vae'"),
+        (["--batch", "5000"], "expected at most the 1,437 pictures"),
+        (["--out", __file__], "cannot write to --out"),
+    ],
+)
+def test_wrong_arguments_end_the_program_with_2_and_a_reason(
+    argv: list[str], message: str, program: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program.main(argv)
+    assert ended.value.code == 2 and message in capsys.readouterr().err

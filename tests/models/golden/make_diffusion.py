@@ -40,9 +40,9 @@ MODELS = {
         "attention_head_dim": 8, "num_class_embeds": 11,
     }),
     "unet, as of DDPM": ("UNet2DModel", {
-        "sample_size": 8, "block_out_channels": [8, 16, 24], "layers_per_block": 2, "norm_num_groups": 4,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": None,
+        "sample_size": 8, "block_out_channels": [8, 12], "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+        "attention_head_dim": None,
         "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
     }),
 }  # fmt: skip
