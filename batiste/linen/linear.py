@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from batiste import nn
+from batiste.graph import Param
 from batiste.graph.errors import ArgumentError
 from batiste.nn.conv import canonicalize_padding
 from batiste.nn.initializers import Initializer
@@ -159,17 +160,18 @@ class Embed(Lazy, of=nn.Embed):
     embedding_init: Initializer = default_embed_init
     promote_dtype: Callable[..., Any] = promote_dtype
 
+    def setup(self) -> None:
+        shape = (self.num_embeddings, self.features)
+        self.embedding = self.param(
+            "embedding", self.embedding_init, shape, self.param_dtype
+        )  # [num_embeddings, features]
+
     def __call__(self, inputs: Array) -> Array:
-        return self.run(self.settings(), inputs)
+        return self.run(self.settings(), inputs, parts={"embedding": Param(self.embedding)})
 
     def attend(self, query: Array) -> Array:
         """logits[..., n] = query[..., features] @ embedding[n, features].T"""
-        return self.run(self.settings(), query, method="attend")
-
-    @property
-    def embedding(self) -> Array:
-        """The table, [num_embeddings, features]."""
-        return self.get_variable("params", "embedding")
+        return self.run(self.settings(), query, method="attend", parts={"embedding": Param(self.embedding)})
 
 
 # ---------------------------------------------------------------- parts that programs make layers of their own from

@@ -48,6 +48,9 @@ from .keys import LazyRng, fold_in, is_key
 
 
 _parents: weakref.WeakKeyDictionary[Scope, weakref.ref[Scope]] = weakref.WeakKeyDictionary()
+# By collection, the names of variables and of scopes that hold some, as the nested dicts of results have them: in the
+# order in which they were given or first written. What a transform makes comes in when its call ends.
+_orders: weakref.WeakKeyDictionary[Scope, dict[str, dict[str, None]]] = weakref.WeakKeyDictionary()
 
 
 class Base:
@@ -321,6 +324,7 @@ class Scope(Object):
         for col, cells in self.cells.items():
             cell = cells.get(name)
             if cell is not None and isinstance(tree := cell.get_raw_value(), Mapping):
+                self.order(col)  # which knows the place of what is now taken out
                 del cells[name]
                 opened[col] = {k: cell_of(col, v) for k, v in tree.items()}
         return opened
@@ -396,6 +400,30 @@ class Scope(Object):
             cells[name].set_raw_value(value)
         else:
             cells[name] = cell_of(col, value)
+            self.note(col, name)
+
+    def order(self, col: str) -> dict[str, None]:
+        """The names in the collection, and of the scopes below with something in it, as results have them."""
+        orders = _orders.setdefault(self, {})
+        if col not in orders:
+            orders[col] = dict.fromkeys(self.cells.get(col, ()))
+        return orders[col]
+
+    def note(self, col: str, *names: str) -> None:
+        """Variables of these names are now in the collection: they, and the scopes above, come after what is there."""
+        scope: Scope | None = self
+        while scope is not None:
+            scope.order(col).update(dict.fromkeys(names))
+            scope, names = scope.parent, scope.steps[-1:]
+
+    def sort(self, col: str) -> list[str]:
+        """The names in the collection, sorted; below, what is new comes in this order, as JAX has dicts."""
+        names = {*self.cells.get(col, ())}
+        for name, child in self.children.items():
+            if below := child.sort(col):
+                child.order(col).update(dict.fromkeys(below))
+                names.add(name)
+        return sorted(names)
 
     def _clear(self, col: str) -> None:
         self.cells.pop(col, None)
@@ -455,21 +483,23 @@ class Scope(Object):
 
     # ------------------------------------------------------------ as nested dicts
     def _tree(self, col: str) -> dict[str, Any]:
-        tree = {name: _copied(cell.get_raw_value()) for name, cell in self.cells.get(col, {}).items()}
-        for name, child in self.children.items():
-            if below := child._tree(col):
+        cells, tree = self.cells.get(col, {}), {}
+        for name in self.order(col) | dict.fromkeys((*cells, *self.children)):
+            if name in cells:
+                tree[name] = _copied(cells[name].get_raw_value())
+            elif name in self.children and (below := self.children[name]._tree(col)):
                 tree[name] = below
         return tree
 
-    def _collections(self) -> list[str]:
-        names = dict.fromkeys(self.cells)
+    def collections(self) -> list[str]:
+        names = dict.fromkeys((*self.frame.given, *_orders.get(self, ()), *self.cells))
         for child in self.children.values():
-            names |= dict.fromkeys(child._collections())
+            names |= dict.fromkeys(child.collections())
         return list(names)
 
     def variables(self) -> dict[str, dict[str, Any]]:
         """Nested dicts of all collections, from here downwards."""
-        trees = {col: self._tree(col) for col in self._collections()}
+        trees = {col: self._tree(col) for col in self.collections()}
         return {col: tree for col, tree in trees.items() if tree}
 
     def mutable_variables(self) -> dict[str, dict[str, Any]]:

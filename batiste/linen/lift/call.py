@@ -224,6 +224,9 @@ class LiftedCall:
         done: set[int] = set()
         for scope, view in zip(self.scopes, self.views):
             self._take_over(scope, view, done)
+            for col in view.collections():
+                if in_filter(self.out, col):
+                    scope.note(col, *scope.sort(col))
         for old, new in self.frames.values():
             counts = new.counts if self.folded else self.counts[id(new)]
             steps = self.steps[id(new)]
@@ -234,6 +237,7 @@ class LiftedCall:
             return
         done.add(id(view))
         for col, cells in view.cells.items():
+            scope.order(col)  # is kept; what is new is sorted in the end
             if in_filter(self.into, col) and in_filter(self.out, col):
                 scope.cells[col] = dict(cells)
             elif in_filter(self.out, col):
