@@ -68,7 +68,7 @@ def loss(model: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array
     return flow_loss(lambda x, t: model(x, t, labels), pictures, key)
 
 
-def batches(data: Dataset, size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, ...]]:
+def batches(data: Dataset, size: int, seed: int, epoch: int) -> Iterator[tuple[Any, ...]]:
     """One epoch: pictures from -1 to 1 in a new order, and a number from which the noise is drawn; all follow from the
     epoch, so a run that goes on gets the same.
     """
@@ -175,7 +175,7 @@ def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
     product = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * product)
+    return abs(float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * product))
 
 
 def real_like(data: Dataset, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -228,7 +228,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="of training (dit: 2000, unet: 1000)")
     parser.add_argument("--batch", type=positive, default=64, help="pictures per step (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the noise (default: 0)")
-    parser.add_argument("--scale", type=float, default=2.0, help="how closely labels are followed; 1: not guided (2)")
+    parser.add_argument("--scale", type=float, default=1.5, help="how closely labels are followed; 1: not guided (1.5)")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="heun", help="(default: heun)")
     parser.add_argument("--sampling-steps", type=positive, default=20, help="from noise to picture (default: 20)")
     parser.add_argument("--each", type=positive, default=36, help="pictures of each digit (default: 36)")

@@ -17,7 +17,7 @@ Dims, in the suffixes of names:  B batch   T times of a schedule   N steps of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from batiste.graph.errors import ArgumentError
 
 Predict = Callable[[Array, Array], Array]
+Numbers = ArrayLike | Sequence[float]
 Kind = Literal["epsilon", "v", "x0"]
 FLOW = 1000.0  # the time that a model is told where σ = 1
 
@@ -49,7 +50,7 @@ class Schedule(NamedTuple):
         return a, s
 
 
-def schedule_of(beta_T: ArrayLike) -> Schedule:
+def schedule_of(beta_T: Numbers) -> Schedule:
     """ᾱ[t] = Π (1 - β[i]), i = 0 … t
 
     Raises:
@@ -238,7 +239,7 @@ def guided(model: Callable[..., Array], labels_B: ArrayLike, *, none: int, scale
     return predict
 
 
-def ddpm(predict: Predict, x: Array, key: Array, schedule: Schedule, times: ArrayLike, *, kind: Kind = "epsilon",
+def ddpm(predict: Predict, x: Array, key: Array, schedule: Schedule, times: Numbers, *, kind: Kind = "epsilon",
          variance: Literal["small", "large", "learnt"] = "small", clip: float | None = None) -> Array:  # fmt: skip
     """x ← √ᾱ' β / s² x₀ + √α s'² / s² x + √variance z,  α = ᾱ / ᾱ',  β = 1 - α;  ' is the next time; no z at the end
 
@@ -268,11 +269,11 @@ def ddpm(predict: Predict, x: Array, key: Array, schedule: Schedule, times: Arra
         z = jax.random.normal(key, x.shape, x.dtype)
         return of_x0 * x0 + of_x * x + jnp.where(now.next_noise > 0, width, 0) * z
 
-    times = _checked(times, schedule)
-    return _loop(step, x, jnp.asarray(times), _nows(schedule, times), jax.random.split(key, len(times)))
+    times_N = _checked(times, schedule)
+    return _loop(step, x, jnp.asarray(times_N), _nows(schedule, times_N), jax.random.split(key, len(times_N)))
 
 
-def ddim(predict: Predict, x: Array, schedule: Schedule, times: ArrayLike, *, kind: Kind = "epsilon",
+def ddim(predict: Predict, x: Array, schedule: Schedule, times: Numbers, *, kind: Kind = "epsilon",
          eta: float = 0.0, key: Array | None = None, clip: float | None = None) -> Array:  # fmt: skip
     """x ← √ᾱ' x₀ + √(s'² - w²) ε + w z,  w = eta √(β s'² / s²);  with eta = 0 nothing is drawn
 
@@ -297,12 +298,12 @@ def ddim(predict: Predict, x: Array, schedule: Schedule, times: ArrayLike, *, ki
         mean = jnp.sqrt(now.next_kept) * x0 + jnp.sqrt(jnp.maximum(now.next_noise - variance, 0)) * epsilon
         return mean if key is None else mean + jnp.sqrt(variance) * jax.random.normal(key, x.shape, x.dtype)
 
-    times = _checked(times, schedule)
-    keys = None if not eta or key is None else jax.random.split(key, len(times))
-    return _loop(step, x, jnp.asarray(times), _nows(schedule, times), keys)
+    times_N = _checked(times, schedule)
+    keys = None if not eta or key is None else jax.random.split(key, len(times_N))
+    return _loop(step, x, jnp.asarray(times_N), _nows(schedule, times_N), keys)
 
 
-def euler(predict: Predict, x: Array, times: ArrayLike) -> Array:
+def euler(predict: Predict, x: Array, times: Numbers) -> Array:
     """x ← x + (σ' - σ) v(x, σ), of a flow whose model says v = ε - x₀
 
     Args:
@@ -313,11 +314,11 @@ def euler(predict: Predict, x: Array, times: ArrayLike) -> Array:
     def step(x: Array, sigma: Array, after: Array) -> Array:
         return x + (after - sigma) * predict(x, jnp.full(x.shape[:1], FLOW * sigma))
 
-    times = jnp.asarray(times, x.dtype)
-    return _loop(step, x, times[:-1], times[1:])
+    sigmas = jnp.asarray(times, x.dtype)
+    return _loop(step, x, sigmas[:-1], sigmas[1:])
 
 
-def heun(predict: Predict, x: Array, times: ArrayLike) -> Array:
+def heun(predict: Predict, x: Array, times: Numbers) -> Array:
     """x ← x + (σ' - σ) (v(x, σ) + v(y, σ')) / 2,  y = x + (σ' - σ) v(x, σ); as `euler`, of second order
 
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1; its
@@ -329,8 +330,8 @@ def heun(predict: Predict, x: Array, times: ArrayLike) -> Array:
         second = predict(x + (after - sigma) * first, jnp.full(x.shape[:1], FLOW * after))
         return x + (after - sigma) * (first + second) / 2
 
-    times = jnp.asarray(times, x.dtype)
-    return _loop(step, x, times[:-1], times[1:])
+    sigmas = jnp.asarray(times, x.dtype)
+    return _loop(step, x, sigmas[:-1], sigmas[1:])
 
 
 class Now(NamedTuple):
@@ -355,7 +356,7 @@ def _nows(schedule: Schedule, times_N: np.ndarray) -> Now:
     return Now(kept_N, noise_N, np.append(kept_N[1:], np.float32(1)), np.append(noise_N[1:], np.float32(0)))
 
 
-def _checked(times: ArrayLike, schedule: Schedule) -> np.ndarray:
+def _checked(times: Numbers, schedule: Schedule) -> np.ndarray:
     """Raises:
     ArgumentError: these are no falling times of the schedule.
     """

@@ -97,7 +97,7 @@ def sampled(scheduler: Any, channels: int = 3, step: Callable[..., Any] | None =
 
 def samplers() -> Iterator[tuple[str, np.ndarray]]:
     torch, of = importlib.import_module("torch"), importlib.import_module("diffusers")
-    ancestral = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
+    ancestral: Any = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
     channels_first = lambda noise: torch.tensor(noise).permute(0, 3, 1, 2)
     for schedule, settings in SCHEDULES.items():
         kept = of.DDIMScheduler(**settings).alphas_cumprod.numpy()
@@ -132,5 +132,6 @@ def as_text(x: Any) -> np.ndarray:
 
 if __name__ == "__main__":
     models = {f"{name}/{part}": value for name, how in MODELS.items() for part, value in model_output(*how).items()}
-    np.savez_compressed(FILE, **models, **dict(samplers()))
+    found: dict[str, Any] = {**models, **dict(samplers())}
+    np.savez_compressed(FILE, **found)
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
