@@ -142,7 +142,7 @@ def judge_of(data: Dataset, epochs: int) -> Judge:
     judge = Judge(nnx.Rngs(0))
     optimizer = nnx.Optimizer(judge, optax.adam(2e-3), wrt=nnx.Param)
     named = lambda judge, batch: optax.softmax_cross_entropy_with_integer_labels(judge(batch[0]), batch[1]).mean()
-    step = train_step(named)
+    step = train_step(named, guard=None)
     for epoch in range(epochs):
         for batch in moved(data.train_x, data.train_y, 64, np.random.default_rng(epoch)):
             step(judge, optimizer, batch)

@@ -69,9 +69,8 @@ def test_every_architecture_is_known_by_its_files_and_computes_the_same_from_the
         assert architecture_of(tmp_path) is architecture
         config = None
     again = architecture.load(tmp_path, config)
-    found, expected = (
-        nnx.jit(lambda model, *x: model(*x))(m, *architecture.inputs(model.config)) for m in (again, model)
-    )
+    run = nnx.jit(lambda model, *x: model(*x))
+    found, expected = (run(m, *architecture.inputs(model.config)) for m in (again, model))
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
