@@ -79,10 +79,9 @@ class DitConfig:
         outputs: channels of the prediction; twice as many where the variance is learnt, too.
         layers, heads, head_dim: blocks; of attention.
         classes: how many; the class of this number stands for none.
-        drop_class: in training, the share of labels that become none.
+        drop_class: in training, the share of labels that become none; not said in files.
         epsilon: of the MLP's LayerNorm.
         dropout: in training, after each part of a block.
-        shift: of the waves of time: 1 in Hugging Face's models, 0 in the paper's program.
 
     Raises:
         ArgumentError: sizes are below one, or the patches do not divide the picture or the positions the features.
@@ -99,7 +98,6 @@ class DitConfig:
     drop_class: float = 0.1
     epsilon: float = 1e-6
     dropout: float = 0.0
-    shift: int = 1
 
     def __post_init__(self):
         for name in ("size", "patch", "layers", "heads", "head_dim", "channels", "outputs", "classes"):
@@ -152,7 +150,7 @@ class Dit(Module):
         D, P = config.features, config.patch
         self.config = config
         self.patches = nn.Conv(config.channels, D, (P, P), P, padding="VALID", rngs=rngs)
-        self.times = Times(WAVES, D, shift=config.shift, rngs=rngs)
+        self.times = Times(WAVES, D, shift=1, rngs=rngs)
         self.classes = Classes(config.classes, D, config.drop_class, rngs=rngs)
         self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs=rngs)
         self.modulation = nn.Linear(D, 2 * D, kernel_init=zeros, rngs=rngs)
