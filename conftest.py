@@ -12,15 +12,18 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+FUSED = "" if version("jaxlib") >= "0.11" else " --xla_cpu_use_fusion_emitters=false"  # a flag that is gone ends XLA
+
 STRICT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
-    "NPROC": "32",  # threads of XLA: collectives of two programs in flight wait for ever for a thread where these are few
+    f"--xla_llvm_disable_expensive_passes=true{FUSED}",
+    "NPROC": "32",  # threads of XLA: where these are few, collectives of two programs in flight wait for ever
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent / ".jaxcache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

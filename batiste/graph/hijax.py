@@ -9,6 +9,9 @@
 Everything that a Variable can do, a box does by one route: look, do it there, put what changed. A box is *mutable*,
 and its Content a dynamic part of its type, unless the value is a `jax.Ref` (`ref=True`), which is written itself, or
 metadata say `mutable=False`: then the Content is its type, and JAX differentiates it as a value.
+
+JAX 0.11.2 has no types with dynamic parts any more. There each array of a mutable box stands in a `jax.Ref`: a write
+arrives as before, but kind, metadata, structure and types of the value change outside of transforms alone.
 """
 
 from __future__ import annotations
@@ -21,11 +24,9 @@ from typing import Any
 
 import jax
 from jax.experimental.hijax import (
+    AbstractRef,
     AbstractValue,
-    AvalQDD,
-    HiPrimitive,
     HiType,
-    MutableHiType,
     ShapedArray,
     Zero,
     aval_method,
@@ -35,8 +36,18 @@ from jax.experimental.hijax import (
     register_hitype,
 )
 
+from .captured import AT_REST
 from .errors import ImmutableVariableError
-from .jaxcompat import Effect, Tracer, cur_qdd, current_trace, custom_derivatives_allowed_effects
+from .jaxcompat import (
+    AvalQDD,
+    Effect,
+    HiPrimitive,
+    MutableHiType,
+    Tracer,
+    cur_qdd,
+    current_trace,
+    custom_derivatives_allowed_effects,
+)
 from .metadata import Frozen, frozen_metadata
 from .variable import Variable
 
@@ -101,7 +112,7 @@ def content_of(box: Any) -> Content:
         NotImplementedError: JAX does not tell.
     """
     aval = jax.typeof(box)
-    content = aval.content if isinstance(aval, ValueType) else cur_qdd(box)
+    content = aval.content if isinstance(aval, ValueType | RefsType) else cur_qdd(box)
     if content is None:
         raise NotImplementedError("JAX does not carry a hijax Variable into this transform as an argument.\n"
                                   "  Fix: let the function close over it, or pass its value")  # fmt: skip
@@ -157,7 +168,7 @@ def from_variable(variable: Variable) -> Any:
     content, leaves = Content.of(variable)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return HijaxVariable(content, leaves)  # a description, which no trace can hold
-    return new_p.bind(*leaves, content=content)
+    return new_p.bind(*leaves, content=content if cur_qdd or not content.mutable else content.normalize())
 
 
 def look(box: Any) -> Variable:
@@ -172,13 +183,23 @@ def put(box: Any, variable: Variable) -> None:
     """Makes the box hold what is in an ordinary Variable.
 
     Raises:
-        ImmutableVariableError: the box is a value.
+        ImmutableVariableError: the box is a value; or, with JAX 0.11.2, what is written inside of a transform is of
+            another structure or type than what is there, or has other metadata.
     """
-    if isinstance(jax.typeof(box), ValueType):
+    aval = jax.typeof(box)
+    if isinstance(aval, ValueType):
         raise ImmutableVariableError("this hijax Variable cannot be written", at=type(variable).__name__,
                                      fix="make it with mutable=True, or write the Ref if it has ref=True")  # fmt: skip
     content, leaves = Content.of(variable)
-    set_p.bind(box, *leaves, content=content)
+    if isinstance(aval, RefsType) and (content := content.normalize()) != aval.content:
+        if not isinstance(box, HijaxVariable) or current_trace() != AT_REST:
+            raise ImmutableVariableError(
+                "this release of JAX keeps metadata, structure and types of a hijax Variable while a transform runs",
+                at=type(variable).__name__, fix="write a value of the same structure, shapes and dtypes; do the rest "
+                "outside of the transform")  # fmt: skip
+        HijaxVariable.__init__(box, content, [*map(jax.new_ref, leaves)])
+    else:
+        set_p.bind(box, *leaves, content=content)
 
 
 # ---------------------------------------------------------------- the methods of a Variable, on boxes
@@ -286,6 +307,34 @@ class MutableType(BoxType, MutableHiType):
         return self
 
 
+class RefsType(BoxType, HiType):
+    """The type of a mutable box where JAX knows no changing content: each array of the value stands in a `jax.Ref`."""
+
+    def __init__(self, content: Content):
+        self.kind, self.content = content.kind, content
+
+    def __hash__(self) -> int:
+        return hash((RefsType, self.content))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RefsType) and self.content == other.content
+
+    def lo_ty(self) -> list[AbstractValue]:
+        return [AbstractRef(low) for low in self.content.lowered()]
+
+    def lower_val(self, box: Any) -> list[Any]:  # type: ignore[override]
+        return list(box._leaves)
+
+    def raise_val(self, *lows: Any) -> HijaxVariable:
+        return HijaxVariable(self.content, lows)
+
+    def normalize(self) -> RefsType:
+        return RefsType(self.content.normalize())
+
+    def to_tangent_aval(self) -> ValueType:  # type: ignore[override]
+        return ValueType(self.content.to_tangent_qdd())
+
+
 class ValueType(BoxType, HiType):
     """The type of a box that is never written, and so is a value like an array: Content and all."""
 
@@ -323,7 +372,9 @@ class ValueType(BoxType, HiType):
 
 def _box_type(box: HijaxVariable) -> AbstractValue:
     content = box._content
-    return MutableType(content.kind) if content.mutable else ValueType(content)
+    if not content.mutable:
+        return ValueType(content)
+    return MutableType(content.kind) if cur_qdd else RefsType(content)
 
 
 register_hitype(HijaxVariable, _box_type)
@@ -351,12 +402,12 @@ class NewVariable(HiPrimitive):
     """leaves -> box"""
 
     def abstract_eval(self, *leaves: Any, content: Content):  # type: ignore[override]
-        if content.mutable:
-            return AvalQDD(MutableType(content.kind), content), _EFFECT  # type: ignore[arg-type]
-        return ValueType(content), frozenset()
+        if not content.mutable:
+            return ValueType(content), frozenset()
+        return (AvalQDD(MutableType(content.kind), content) if cur_qdd else RefsType(content)), _EFFECT
 
     def to_lojax(self, *leaves: Any, content: Content) -> HijaxVariable:  # type: ignore[override]
-        return HijaxVariable(content, leaves)
+        return HijaxVariable(content, leaves if cur_qdd or not content.mutable else [*map(jax.new_ref, leaves)])
 
     def jvp(self, primals, tangents, *, content: Content):  # type: ignore[override]
         if content.mutable:
@@ -377,7 +428,7 @@ class GetVariable(HiPrimitive):
         return list(content.leaves), _EFFECT if content.mutable else frozenset()
 
     def to_lojax(self, box: HijaxVariable, *, content: Content) -> list[Any]:  # type: ignore[override]
-        return list(box._leaves)
+        return list(box._leaves) if cur_qdd or not content.mutable else [ref[...] for ref in box._leaves]
 
     def jvp(self, primals, tangents, *, content: Content):  # type: ignore[override]
         if content.mutable:
@@ -394,11 +445,16 @@ class SetVariable(HiPrimitive):
     multiple_results = True
 
     def abstract_eval(self, box, *leaves: Any, content: Content):  # type: ignore[override]
-        box.mutable_qdd.update(content)
+        if cur_qdd:
+            box.mutable_qdd.update(content)
         return [], _EFFECT
 
     def to_lojax(self, box: HijaxVariable, *leaves: Any, content: Content) -> list[Any]:  # type: ignore[override]
-        HijaxVariable.__init__(box, content, leaves)
+        if cur_qdd:
+            HijaxVariable.__init__(box, content, leaves)
+        else:
+            for ref, leaf in zip(box._leaves, leaves, strict=True):
+                ref[...] = leaf
         return []
 
     def jvp(self, primals, tangents, *, content: Content):  # type: ignore[override]

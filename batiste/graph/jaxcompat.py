@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import core as _core
+from jax._src import hijax as _hijax
 from jax._src.core import (
     EvalTrace,
     get_opaque_trace_state,  # public in jax.extend.core, which takes 20 ms to import
 )
 from jax._src.distributed import global_state as processes_state  # noqa: F401  (waiting with a time-out has no public name)
 from jax._src.effects import Effect, custom_derivatives_allowed_effects  # noqa: F401
+from jax._src.interpreters import ad as _ad
 from jax._src.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
 from jax._src.source_info_util import user_frames as _user_frames
 from jax._src.state.types import AbstractRef
@@ -35,7 +38,28 @@ def is_inside(trace, outer) -> bool:
     return wanted is not None and trace != outer and (isinstance(wanted, EvalTrace) or not known or level is wanted)
 
 
-cur_qdd = getattr(_core, "cur_qdd", None)  # of the content of hijax boxes; JAX 0.11.2 has it no more
+# Types whose content changes, and the content of their values: JAX 0.11.2 has them no more.
+AvalQDD: Any = getattr(_core, "AvalQDD", None)
+MutableHiType: Any = getattr(_hijax, "MutableHiType", _hijax.HiType)
+cur_qdd: Any = getattr(_core, "cur_qdd", None)
+
+
+class HiPrimitive(_core.Primitive):
+    """A primitive that hijax types may go into and come out of; `to_lojax` says it by JAX's lower level.
+
+    A subclass has `abstract_eval` and `to_lojax`, and for derivatives `jvp` and `transpose`.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        for rule, rules in (("jvp", _ad.primitive_jvps), ("transpose", _ad.primitive_transposes)):
+            if hasattr(self, rule):
+                rules[self] = getattr(self, rule)
+
+    def is_high(self, *avals: Any, **params: Any) -> bool:
+        return True
+
+
 Ref = jax.Ref
 ShapedArray = jax.core.ShapedArray  # type: ignore[attr-defined]
 Tracer = jax.core.Tracer  # type: ignore[attr-defined]

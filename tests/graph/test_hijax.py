@@ -14,6 +14,7 @@ import pytest
 from batiste import nnx
 from batiste.graph import hijax
 from batiste.graph.errors import ImmutableVariableError
+from batiste.graph.jaxcompat import cur_qdd
 
 MODES = [
     dict(graph=True, graph_updates=True),
@@ -48,6 +49,16 @@ def increment(v):
     v[...] += 1
 
 
+def change(change, v):
+    """Changes more than values inside of jit; JAX 0.11.2 has no types for that: refused there, and done outside."""
+    if cur_qdd:
+        jax.jit(change)(v)
+    else:
+        with pytest.raises(ImmutableVariableError, match="while a transform runs"):
+            jax.jit(change)(v)
+        change(v)
+
+
 # ---------------------------------------------------------------- a box passes for its Variable
 def test_a_box_is_an_instance_of_its_kind_alone():
     v = box()
@@ -75,10 +86,13 @@ def test_metadata_is_read_and_written_in_both_places():
     @jax.jit
     def f(v):
         seen.append((v.note, v.get_metadata("note"), v.type, isinstance(v, nnx.Param), isinstance(v, nnx.BatchStat)))
+
+    def g(v):
         v.set_metadata(note="y")
         seen.append(v.note)
 
     f(v)
+    change(g, v)
     assert seen == [("x", "x", nnx.Param, True, False), "y"] and v.note == "y"
     v.set_metadata("more", 1)
     v.del_metadata("note")
@@ -122,7 +136,9 @@ def test_writes_inside_plain_jit_arrive_also_of_another_structure():
     for _ in range(3):
         step(v)
     np.testing.assert_array_equal(v[...], [3, 4, 5])
-    jax.jit(lambda v: v.set_value({"a": v[...], "b": v[...] * 2}))(v)
+    change(lambda v: v.set_value({"a": v[...], "b": v[...] * 2}), v)
+    step = jax.jit(lambda v: v.set_value({"a": v.get_value()["b"], "b": v.get_value()["a"] * 2}))
+    step(v)
     np.testing.assert_array_equal(v.get_value()["b"], [6, 8, 10])
 
 
@@ -177,8 +193,12 @@ def test_a_mutable_box_has_no_derivative_and_the_message_says_what_has():
     v = box()
     with pytest.raises(NotImplementedError, match="writing of a hijax Variable"):
         jax.grad(lambda x: (v.set_value(x), x.sum())[1])(jnp.ones(3))
-    with pytest.raises(NotImplementedError, match="close over"):
-        jax.checkpoint(lambda v: v[...].sum())(v)
+    remat = jax.checkpoint(lambda v: v[...].sum())
+    if cur_qdd:
+        with pytest.raises(NotImplementedError, match="close over"):
+            remat(v)
+    else:
+        assert float(remat(v)) == 3
 
 
 # ---------------------------------------------------------------- boxes that are values
