@@ -190,7 +190,8 @@ class Classes(Module):
 
     def __call__(self, labels_B: Array) -> Array:
         kept_B = self.drop(jnp.ones(labels_B.shape)) > 0
-        return self.embed(jnp.where(kept_B, labels_B, self.none))
+        y_BD = self.embed(jnp.where(kept_B, labels_B, self.none))
+        return y_BD.astype(self.embed.embedding.dtype)
 
 
 class Block(Module):

@@ -202,7 +202,8 @@ class Unet(Module):
                                 expected=f"as config.labels={self.config.labels} says")  # fmt: skip
         c_BD = self.times(times_B)
         if self.classes is not None:
-            c_BD = c_BD + self.classes(jnp.broadcast_to(jnp.asarray(labels_B), times_B.shape))
+            y_BD = self.classes(jnp.broadcast_to(jnp.asarray(labels_B), times_B.shape))
+            c_BD = c_BD + y_BD.astype(c_BD.dtype)
         return nn.silu(c_BD)
 
 

@@ -67,6 +67,9 @@ def test_with_drawn_weights_it_computes_what_diffusers_computes_and_is_saved_as_
     expected = GOLDEN[f"{name}/output"]
     np.testing.assert_allclose(run(model, *inputs(model)), expected, atol=1e-4 * abs(expected).max())
 
+    half, more = load(tmp_path, dtype=jnp.bfloat16), inputs(model)
+    assert jax.eval_shape(half, jnp.asarray(more[0], jnp.bfloat16), *more[1:]).dtype == jnp.bfloat16
+
     save(model, tmp_path / "out")
     found = {key: tensor.read() for key, tensor in open_weights(tmp_path / "out").tensors.items()}
     assert found.keys() == tensors.keys() and all(np.array_equal(found[key], tensors[key]) for key in found)
