@@ -32,8 +32,7 @@ import optax
 from matplotlib.figure import Figure
 
 from batiste import nnx
-from batiste.checkpoint import Manager
-from batiste.errors import BatisteError
+from batiste.checkpoint import CheckpointError, Manager, MismatchError
 from batiste.models.diffusion import dropped, euler, flow_loss, flow_times, guided, heun
 from batiste.models.dit import Dit, DitConfig
 from batiste.models.unet import Unet, UnetConfig
@@ -195,8 +194,10 @@ def main(argv: list[str] | None = None) -> int:
         fail(f"cannot write to --out {args.out}: {error.strerror}")
     try:
         model = trained(data, args)
-    except BatisteError as error:
-        fail(f"cannot train, or go on from --run: {error}")
+    except MismatchError:
+        fail(f"the run in {args.run} is of another model\n  fix: name a new folder, or the --model it was begun with")
+    except CheckpointError as error:
+        fail(f"cannot keep the run in {args.run}: {error}")
     learnt = time.perf_counter() - began
 
     labels = np.arange(DIGITS).repeat(args.each)
