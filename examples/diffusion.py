@@ -188,10 +188,12 @@ def main(argv: list[str] | None = None) -> int:
     data = load("digits")
     if args.batch > len(data.train_y):
         fail(f"got --batch {args.batch}, expected at most the {len(data.train_y):,} pictures to learn from")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to --out {args.out}: {error.strerror}")
+    for name, folder in (("--out", args.out), ("--run", args.run)):
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot write to {name} {folder}: {error.strerror}")
     try:
         model = trained(data, args)
     except MismatchError:

@@ -323,6 +323,7 @@ def test_the_distance_of_sets_is_that_of_their_means_and_spreads(program: Any) -
         (["--model", "vae"], "invalid choice: 'vae'"),
         (["--batch", "5000"], "expected at most the 1,437 pictures"),
         (["--out", __file__], "cannot write to --out"),
+        (["--out", str(Path(__file__).parent), "--run", __file__], "cannot write to --run"),
     ],
 )
 def test_wrong_arguments_end_the_program_with_2_and_a_reason(
