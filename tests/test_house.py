@@ -51,6 +51,7 @@ FLOORS = {
 SIDEWAYS = {
     ("serve", "models"): "a server loads the decoders and encoders that it serves",
     ("serve", "export"): "a server loads the bundles that it serves",
+    ("linen", "quant"): "variables of the functional face have their weights in the same whole numbers",
     ("export", "models"): "bundles have their weights in the files of models",
     ("nnx", "flax's other names"): "files of nnx show the names of types that Flax's files show",
     ("linen", "flax's other names"): "files of linen show the names of types that Flax's files show",

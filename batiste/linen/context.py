@@ -27,6 +27,7 @@ class _Running(threading.local):
         self.modules: list[Any] = [None]
         self.interceptors: list[Callable[..., Any]] = []
         self.named = True
+        self.told_of_layers: Callable[[Any, Any], None] | None = None  # each object layer that runs, and its scope
 
     @property
     def module_stack(self) -> list[Any]:

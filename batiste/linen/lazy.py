@@ -21,6 +21,7 @@ from batiste.graph import Pytree
 from batiste.graph import Variable as Cell
 from batiste.graph.birth import Recipe, describing, drawn
 
+from .context import running
 from .dtypes import of_tuple
 from .module import Module, nowrap
 from .scope import Scope, unboxed
@@ -126,6 +127,8 @@ def instantiate(
         parts: what stands in the place of parts of the layer.
     """
     layer = described.__copy__()
+    if running.told_of_layers is not None:
+        running.told_of_layers(layer, scope)
     attributes = vars(layer)
     for name, value in vars(described).items():
         if name in parts:

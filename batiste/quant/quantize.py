@@ -110,17 +110,22 @@ def quantize(model: M, bits: int = 8, *, group: int | None = None, keep: tuple[s
         param = vars(x)[weight.name] if weight is not None else None
         n = bits if choose is None else choose(path, x) if param is not None else None
         if weight is not None and isinstance(param, Param) and n is not None:
-            _check(n, group)
             w = param[...]
-            size = (group or GROUP) if n == 4 else group
-            vars(x)[weight.name] = quantized(w, weight.axes, bits=n, group=size, lead=w.ndim - weight.rank)
+            vars(x)[weight.name] = quantized(w, weight.axes, bits=n, group=group_size(n, group),
+                                             lead=w.ndim - weight.rank)  # fmt: skip
         return x
 
     return recursive_map(change, model)
 
 
-def _check(bits: int, group: int | None) -> None:
+def group_size(bits: int, group: int | None) -> int | None:
+    """How many numbers of so many bits share a scale; None for all that one result sums over.
+
+    Raises:
+        ArgumentError: bits are neither 8 nor 4, or 4 with a group that is odd.
+    """
     if bits not in BITS:
         raise ArgumentError("a weight is quantised to 8 or 4 bits", got=f"bits={bits}", fix="pass bits=8 or bits=4")
     if group is not None and (group < 1 or (bits == 4 and group % 2)):
         raise ArgumentError("4-bit numbers lie in pairs: a group is even", got=f"group={group}", fix="pass group=32")
+    return group or GROUP if bits == 4 else group

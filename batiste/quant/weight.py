@@ -52,10 +52,7 @@ class QuantizedWeight(Variable, collection="quantized"):
 
     def floats(self) -> Array:
         """The weight, in its shape and dtype."""
-        value: Any = super().get_value()
-        q = unpacked(value.q) if self.bits == 4 else value.q
-        w = q.astype(self.float_dtype) * value.scale.astype(self.float_dtype)
-        return as_weight(w, self.of_shape, self.axes)
+        return as_floats(super().get_value(), self.bits, self.of_shape, self.axes, self.float_dtype)
 
     def __jax_array__(self) -> Array:
         return self.floats()
@@ -90,13 +87,25 @@ def quantized(w: Array, axes: tuple[int, ...], *, bits: int = 8, group: int | No
         group: how many values share a scale; None for all that are summed over.
         lead: how many leading dims belong to a stack of layers.
     """
+    value = as_numbers(w, axes, bits, group, lead, scale_dtype)
+    return QuantizedWeight(value, bits=bits, of_shape=w.shape[lead:], axes=axes, float_dtype=str(w.dtype))
+
+
+def as_numbers(w: Array, axes: tuple[int, ...], bits: int, group: int | None, lead: int,
+               scale_dtype: DTypeLike = jnp.float32) -> Quantized:  # fmt: skip
+    """The whole numbers and scales of a weight; see `quantized`"""
     parts = as_groups(w, axes, bits, group, lead)
     greatest = jnp.max(jnp.abs(parts), axis=-2, keepdims=True).astype(jnp.float32)
     levels = 2 ** (bits - 1) - 1
     scale = jnp.where(greatest > 0, greatest / levels, 1.0).astype(scale_dtype)
     q = jnp.clip(jnp.round(parts / scale), -levels, levels).astype(jnp.int8)
-    value = Quantized(packed(q) if bits == 4 else q, scale)
-    return QuantizedWeight(value, bits=bits, of_shape=w.shape[lead:], axes=axes, float_dtype=str(w.dtype))
+    return Quantized(packed(q) if bits == 4 else q, scale)
+
+
+def as_floats(value: Any, bits: int, shape: tuple[int, ...], axes: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """The way back of `as_numbers`"""
+    q = unpacked(value.q) if bits == 4 else value.q
+    return as_weight(q.astype(dtype) * value.scale.astype(dtype), shape, axes)
 
 
 # ---------------------------------------------------------------- shapes
