@@ -162,7 +162,8 @@ class Guard(Pytree):
         self.halted[...] = frozen | halt | (refused & (self.streak[...] + 1 >= self.patience) & (verdict == NONFINITE))
         if self.snapshot is not None:
             take = ~(refused | frozen) & ((self.good[...] + 1) % self.every == 0)
-            self._turn(jnp.where(back, 1, jnp.where(take, 2, 0)), carried)
+            _overwrite_if(back, carried, self.snapshot)
+            _overwrite_if(take, self.snapshot, carried)
         self.skipped[...] += (refused & ~frozen).astype(jnp.int32)
         self.spikes[...] += ((verdict == SPIKE) & ~frozen).astype(jnp.int32)
         self.rollbacks[...] += jnp.int32(back)
@@ -173,14 +174,6 @@ class Guard(Pytree):
 
     def _refuses(self, verdict: jax.Array) -> jax.Array:
         return ((verdict == SPIKE) & (self.spike != "clip")) | (verdict == NONFINITE)
-
-    def _turn(self, which: jax.Array, carried: Sequence[Variable]) -> None:
-        """0: nothing; 1: back to the snapshot; 2: a new snapshot."""
-        choices = [lambda now, saved: (now, saved), lambda _, saved: (saved, saved), lambda now, _: (now, now)]
-        values = [[v.get_value() for v in variables] for variables in (carried, self.snapshot)]
-        for variables, new in zip((carried, self.snapshot), lax.switch(which, choices, *values)):
-            for variable, value in zip(variables, new):
-                variable.set_value(value)
 
     def _learn(self, figures: Any, finite: Any, refused: Any, spiking: Any) -> None:
         """Mean and mean of squares over the window, of good steps alone; a level that stays is the new one."""
@@ -252,6 +245,17 @@ def all_finite(values: Iterable[Any]) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(list(values)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     sums = [jnp.sum(x, axis=0 if jnp.ndim(x) else None, dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
     return jnp.stack([jnp.isfinite(total).all() for total in sums]).all() if sums else jnp.array(True)
+
+
+def _overwrite_if(chosen: jax.Array, variables: Sequence[Variable], source: Sequence[Variable]) -> None:
+    """Writes the values of `source` into `variables` if they are chosen.
+
+    As a loop of one or no turn, not as a `cond`: XLA lets a loop's values lie where they are, and copies a branch's.
+    """
+    values = [[v.get_value() for v in side] for side in (variables, source)]
+    kept = lax.fori_loop(0, chosen.astype(jnp.int32), lambda _, kept: values[1], values[0])
+    for variable, value in zip(variables, kept):
+        variable.set_value(value)
 
 
 def _figures(loss: jax.Array, norm: jax.Array) -> jax.Array:
