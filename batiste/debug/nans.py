@@ -16,6 +16,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from batiste.graph.jaxcompat import scan_inputs
+
 from .calls import Around, Places, arguments, evaluate, flat_function, open_call, part_types
 
 __all__ = ["NonFinite", "why_nan"]
@@ -224,7 +226,8 @@ def _call(search: Search, params: dict[str, Any], inputs: list[Watched], here: A
 
 
 def _scan(search: Search, params: dict[str, Any], inputs: list[Watched], here: Around) -> list[Watched]:
-    n, m, length = params["num_consts"], params["num_consts"] + params["num_carry"], params["length"]
+    (n, carried), length = scan_inputs(params), params["length"]
+    m = n + carried
     consts, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
     rows: list[list[Watched]] = []
     for i in reversed(range(length)) if params["reverse"] else range(length):

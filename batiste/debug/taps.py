@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 
 from batiste.graph import Variable
 from batiste.graph.errors import ArgumentError, ShapeError
-from batiste.graph.jaxcompat import key_name
+from batiste.graph.jaxcompat import key_name, scan_inputs
 
 from .calls import evaluate, flat_function, open_call
 
@@ -285,7 +285,8 @@ def _remat(run: Rewrite, params: dict[str, Any], inputs: list[Any]):
 
 
 def _scan(run: Rewrite, params: dict[str, Any], inputs: list[Any]):
-    n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    n, carried = scan_inputs(params)
+    m = n + carried
     consts, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
 
     def body(carry, x):

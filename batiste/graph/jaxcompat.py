@@ -75,6 +75,14 @@ def without_idle(jaxpr):
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
+def scan_inputs(params) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # since JAX 0.11.2
+    return len(list(consts)), len(list(carry))
+
+
 def mesh_of(exported):
     """The mesh that an exported program was made for, of the first devices that are here."""
     mesh = next(place.mesh for place in exported._in_named_shardings if place is not None)

@@ -188,6 +188,7 @@ def test_bytes_have_units(count, expected):
     assert bytes_text(count) == expected
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated")  # treescope looks at every name of numpy
 def test_treescope_shows_the_same_items():
     shown = treescope.render_to_text(Part(w=Weight(jnp.zeros((2, 3))), row=Row(1), tree=Tree(("a", {"b": 1}))))
     assert "Part( # Weight: 6 (24 B)" in shown

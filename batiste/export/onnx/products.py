@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from batiste.graph.jaxcompat import scan_inputs
+
 from ..errors import ExportError
 from .graph import BOOL, Graph, dtypes, lying, rule
 from .shapes import padded
@@ -87,7 +89,7 @@ def reduce_window_max(graph: Graph, eqn: Any, x: str) -> str:
 def scan(graph: Graph, eqn: Any, *inputs: str) -> list[str]:
     """Scan: the body sees what goes in once (the constants) as tensors of the graph around it."""
     p = eqn.params
-    consts, carried = p["num_consts"], p["num_carry"]
+    consts, carried = scan_inputs(p)
     closed = p["jaxpr"]
     body = Graph(graph.places, graph)
     variables = closed.jaxpr.invars[consts:]
