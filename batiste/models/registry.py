@@ -110,7 +110,7 @@ ARCHITECTURES = {
                      load_convnext, save_convnext, ("convnext",), _images),
         Architecture("clip", "images and texts in one space: CLIP", Clip, CLIPS, CLIP,
                      load_clip, save_clip, ("clip",), lambda config: (*_images(config), *_tokens(config))),
-        Architecture("whisper", "speech to text, from spectra: Whisper", Whisper, WHISPERS, WHISPER,
+        Architecture("whisper", "speech to text: Whisper", Whisper, WHISPERS, WHISPER,
                      load_whisper, save_whisper, ("whisper",), _speech),
         Architecture("dit", "pictures out of noise: diffusion transformers", Dit, DITS, DIT,
                      load_dit, save_dit, ("DiTTransformer2DModel",), _noisy),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whisper: what is said in audio, as tokens. An encoder of spectra and a decoder that looks at it.
+"""Whisper: an encoder of spectra, and a decoder that looks at it and says tokens. `speech` makes text of audio by it.
 
 memory = norm(blocks(gelu(halve(gelu(begin(spectrum)))) + positions))
 logits = norm(blocks(tokens + token_positions, memory)) · embedding
@@ -25,7 +25,6 @@ from batiste.graph import Module, Param, Rngs, make
 from batiste.graph.errors import ArgumentError, ShapeError
 from batiste.nn.initializers import normal
 from batiste.nn.stack import Stack
-from batiste.transforms.compile import jit
 
 from . import blocks
 from .blocks import Attention, Block, Mlp, exact_gelu
@@ -217,35 +216,6 @@ class DecoderBlock(Module):
         x_BTD = x_BTD + self.dropout(self.attn(normed_BTD, past_11TP, (k_BPHC, v_BPHC)))
         x_BTD = x_BTD + self.dropout(self.cross(self.cross_norm(x_BTD), None, heard))
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), (k_BPHC, v_BPHC)
-
-
-def transcribe(model: Whisper, spectrum_BJM: Array, prompt_BT: Array, steps: int, *, end: int) -> Array:
-    """tokens[B, T + steps]: the prompt, and the most probable token after it, again and again; `end` after the end
-
-    Raises:
-        ArgumentError: the text would have more tokens than there are positions.
-    """
-    if steps < 1 or prompt_BT.shape[1] + steps > model.config.length:
-        raise ArgumentError("a text has a most of tokens", at="transcribe",
-                            got=f"{prompt_BT.shape[1]} and {steps} more", expected=f"at most {model.config.length}",
-                            fix="ask for fewer steps, at least one")  # fmt: skip
-    return _transcribed(model, spectrum_BJM, prompt_BT, jnp.int32(end), steps)
-
-
-@jit(static_argnames="steps")
-def _transcribed(model: Whisper, spectrum_BJM: Array, prompt_BT: Array, end: Array, steps: int) -> Array:
-    said = model.heard(model.encode(spectrum_BJM), prompt_BT.shape[1] + steps)
-    logits_BTV, said = model.decode(prompt_BT, said)
-    first_B = logits_BTV[:, -1].argmax(-1).astype(prompt_BT.dtype)
-
-    def step(carry: tuple[Array, Said], _: None) -> tuple[tuple[Array, Said], Array]:
-        token_B, said = carry
-        logits_B1V, said = model.decode(token_B[:, None], said)
-        best_B = logits_B1V[:, 0].argmax(-1).astype(token_B.dtype)
-        return (jnp.where(token_B == end, token_B, best_B), said), token_B
-
-    (last_B, _), tokens_TB = lax.scan(step, (first_B, said), None, length=steps - 1)
-    return jnp.concatenate([prompt_BT, tokens_TB.T, last_B[:, None]], axis=1)
 
 
 # ---------------------------------------------------------------- files
