@@ -114,14 +114,16 @@ class Report:
             )
         self.epoch_began = time.perf_counter()
 
-    def finish(self, predicted: np.ndarray, parameters: int) -> int:
-        """Prints the table, writes the pictures, says what to try next; the program's exit status."""
+    def finish(self, predicted: np.ndarray, parameters: int, *notes: str) -> int:
+        """Prints the table and the notes, writes the pictures, says what to try next; the program's exit status."""
         seconds = time.perf_counter() - self.started
         counts = np.zeros((len(self.data.classes),) * 2, int)
         np.add.at(counts, (self.data.test_y, predicted), 1)
         accuracy = counts.trace() / counts.sum()
         console.print(table(self.data, counts))
         console.print(f"[bold]held-out accuracy {accuracy:.2%}[/], {parameters:,} parameters, {seconds:.1f} s in all")
+        for note in notes:
+            console.print(note, soft_wrap=True)
         console.print(f"wrote {draw_curves(self)} and {draw_confusion(self.data, counts, self.out)}", soft_wrap=True)
         if accuracy < self.require:
             console.print(f"[bold red]below the required {self.require:.2%}[/]: try more --epochs or another --seed")
