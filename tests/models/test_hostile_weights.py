@@ -237,7 +237,7 @@ def test_an_index_does_not_lead_out_of_its_folder(place: str, tmp_path: Path) ->
     write_safetensors(tmp_path, of_arrays({"a": np.ones(2)}), [np.ones(2)])
     (tmp_path / "model.safetensors").rename(tmp_path / "secret.safetensors")
     folder.mkdir()
-    for name in (INDEX, "pytorch_model.bin.index.json"):
+    for name in (INDEX.format("model"), "pytorch_model.bin.index.json"):
         (folder / name).write_text(json.dumps({"weight_map": {"a": place}}))
         with pytest.raises(WeightsError, match=r"outside its folder|no such file"):
             open_weights(folder)

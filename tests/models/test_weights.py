@@ -51,7 +51,7 @@ def same(a: Decoder, b: Decoder) -> bool:
 def test_a_saved_model_is_loaded_as_it_was(choice: str, shard_bytes: int, tmp_path: Path) -> None:
     model = make(**CHOICES[choice])
     files = save_decoder(model, tmp_path, shard_bytes=shard_bytes)
-    assert (len(files) > 1) == (shard_bytes < 10**9) == (tmp_path / INDEX).exists()
+    assert (len(files) > 1) == (shard_bytes < 10**9) == (tmp_path / INDEX.format("model")).exists()
     loaded = load_decoder(tmp_path)
     assert loaded.config.replace(context=2048) == model.config
     assert same(loaded, model)
@@ -136,11 +136,11 @@ def test_a_damaged_file_is_one_error(content: bytes, message: str, tmp_path: Pat
 
 def test_an_index_names_files_of_its_folder_that_are_there(tmp_path: Path) -> None:
     for place, message in (("../secret", "outside its folder"), ("gone.safetensors", "no such file")):
-        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": place}}))
+        (tmp_path / INDEX.format("model")).write_text(json.dumps({"weight_map": {"a": place}}))
         with pytest.raises(WeightsError, match=message):
             open_safetensors(tmp_path)
     write_safetensors(tmp_path, of_arrays({"b": np.ones(2)}), [np.ones(2)])
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    (tmp_path / INDEX.format("model")).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     with pytest.raises(WeightsError, match="lacks a tensor"):
         open_safetensors(tmp_path)
 
