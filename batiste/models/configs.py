@@ -57,6 +57,7 @@ class DecoderConfig:
         rope_stretch: how they are stretched.
         epsilon: of the norms.
         z_loss: weight of (log Z)² in the loss.
+        balance_loss, router_z_loss: weights of what routers add to the loss of a token; see `Decoder.loss`.
         context: the number of positions the model was trained for.
 
     Raises:
@@ -97,6 +98,8 @@ class DecoderConfig:
     rope_stretch: Stretch | None = None
     epsilon: float = 1e-5
     z_loss: float = 0.0
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
     context: int = 2048
 
     def __post_init__(self):

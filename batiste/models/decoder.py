@@ -26,6 +26,7 @@ from batiste import nn
 from batiste.graph import Module, Param, Rngs, data, make, merge, split
 from batiste.graph.errors import ShapeError
 from batiste.nn.losses import TokenLoss, chunked_cross_entropy, soft_capped
+from batiste.nn.moe import chosen
 from batiste.nn.stack import Apart, Stack
 
 from .configs import DecoderConfig, Stretch
@@ -103,6 +104,14 @@ class Decoder(Module):
 
     def hidden(self, tokens_BT: Array, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         """x[B, T, D] before the head; with a cache, of the positions that follow those it holds, and the new cache."""
+        x_BTD, kept = self._run(tokens_BT, cache)
+        if cache is None:
+            return x_BTD, None
+        k_LBSKC, v_LBSKC = zip(*kept) if isinstance(self.blocks, Apart) else kept
+        return x_BTD, Cache(k_LBSKC, v_LBSKC, cache.filled + tokens_BT.shape[1])
+
+    def _run(self, tokens_BT: Array, cache: Cache | None) -> tuple[Array, Any]:
+        """x[B, T, D] before the head, and what layers give beside it: keys and values, or `Shares` without a cache"""
         if tokens_BT.ndim != 2:
             raise ShapeError("a decoder reads rows of tokens", at=self, got=tokens_BT.shape, expected="(batch, length)",
                              fix="add a dim of size 1: tokens[None]")  # fmt: skip
@@ -114,10 +123,7 @@ class Decoder(Module):
             each = (*each, jnp.array(c.full_layers))
         x_BTD, kept = self.blocks(self.embedded(tokens_BT, positions_T), self.turns(positions_T), positions_T,
                                   each=(tuple(zip(*each)) if is_apart else each) or None)  # fmt: skip
-        if cache is None:
-            return self.norm(x_BTD), None
-        k_LBSKC, v_LBSKC = zip(*kept) if is_apart else kept
-        return self.norm(x_BTD), Cache(k_LBSKC, v_LBSKC, cache.filled + length)
+        return self.norm(x_BTD), kept
 
     def embedded(self, tokens_BT: Array, positions_T: Array) -> Array:
         x_BTD = self.embed(tokens_BT)
@@ -150,12 +156,22 @@ class Decoder(Module):
             weights_BT: of each token as one to predict, such as 0 for padding; that of the first is not looked at.
             chunks: see `batiste.nn.losses.chunked_cross_entropy`.
             z_loss: that of the configuration, if left out.
+
+        Routers of experts add Σ w (balance_loss E Σ_e f_e p_e + router_z_loss mean (log Z)²), by the configuration:
+        f_e is how often expert e is chosen per position, over all layers and positions, p_e its mean probability.
+
+        Source: Fedus et al. 2021, "Switch Transformers", eq. 4; Zoph et al. 2022, "ST-MoE", eq. 5.
         """
-        x_BTD, _ = self.hidden(tokens_BT[:, :-1])
+        c = self.config
+        x_BTD, kept = self._run(tokens_BT[:, :-1], None)
         weights = None if weights_BT is None else weights_BT[:, 1:]
-        return chunked_cross_entropy(x_BTD, self.head_DV(), tokens_BT[:, 1:], weights, chunks=chunks,
-                                     z_loss=self.config.z_loss if z_loss is None else z_loss,
-                                     cap=self.config.logit_cap)  # fmt: skip
+        sums = chunked_cross_entropy(x_BTD, self.head_DV(), tokens_BT[:, 1:], weights, chunks=chunks,
+                                     z_loss=c.z_loss if z_loss is None else z_loss, cap=c.logit_cap)  # fmt: skip
+        if not (c.balance_loss or c.router_z_loss):
+            return sums
+        shares = jax.tree.map(lambda *x: jnp.stack(x), *kept) if isinstance(self.blocks, Apart) else kept
+        added = c.balance_loss * shares.balance() + c.router_z_loss * shares.z.mean()
+        return sums._replace(loss=sums.loss + sums.weight * added)
 
     def cache(self, batch: int, length: int, *, per_row: bool = False) -> Cache:
         """An empty cache for `length` positions, in the dtype in which the model computes.
@@ -206,6 +222,8 @@ class Block(Module):
             x_BTD = x_BTD + y_BTD
             normed_BTD, y_BTD = self.mlp_norm(x_BTD), 0
         z_BTD = self.mlp(normed_BTD)
+        if not kept and isinstance(self.mlp, SparseMlp):
+            kept = self.mlp.shares(normed_BTD)
         return x_BTD + y_BTD + (z_BTD if self.mlp_post is None else self.mlp_post(z_BTD)), kept
 
 
@@ -279,6 +297,18 @@ class Mlp(Module):
         return self.down(self.activation(up_BTF) if self.gate is None else self.activation(self.gate(x_BTD)) * up_BTF)
 
 
+class Shares(NamedTuple):
+    """What routers of layers do: choices and probability of each expert, means over positions; the mean of (log Z)²."""
+
+    chosen_LE: Array
+    probable_LE: Array
+    z: Array
+
+    def balance(self) -> Array:
+        """E Σ_e f_e p_e of all layers together; `top_k`, where all experts get the same"""
+        return self.chosen_LE.shape[-1] * jnp.sum(self.chosen_LE.mean(0) * self.probable_LE.mean(0))
+
+
 class SparseMlp(nn.MixtureOfExperts):
     """Σ p[e] mlp[e](x) over the `top_k` experts e that a router prefers, whose p sum to 1
 
@@ -295,6 +325,13 @@ class SparseMlp(nn.MixtureOfExperts):
 
     def __call__(self, x_BTD):
         return super().__call__(x_BTD[..., None, :])[..., 0, :] if self.is_alone else super().__call__(x_BTD)
+
+    def shares(self, x_BTD) -> Shares:
+        """Of this layer; where no one looks at them, nothing is computed."""
+        logits_BTE = self.router(x_BTD)
+        p_BTE = jax.nn.softmax(logits_BTE)
+        chosen_E = chosen(p_BTE, self.top_k).sum(1).astype(p_BTE.dtype).mean((0, 1))
+        return Shares(chosen_E, p_BTE.mean((0, 1)), jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)).mean())
 
 
 class ScaledEmbed(nn.Embed):

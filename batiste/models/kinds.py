@@ -91,7 +91,7 @@ GPT2_SETTINGS = {"vocab": "vocab_size", "features": "n_embd", "layers": "n_layer
                  "hidden": "n_inner", "tied": "tie_word_embeddings", "epsilon": "layer_norm_epsilon",
                  "context": "n_positions"}  # fmt: skip
 EXPERTS = {"top_k": "num_experts_per_tok"}
-OURS = ("z_loss", "capacity")
+OURS = ("z_loss", "balance_loss", "router_z_loss", "capacity")
 """Settings that say how to train, and stand in no file."""
 
 

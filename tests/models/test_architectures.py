@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.mixtral import modeling_mixtral
 
 from batiste import nnx
 from batiste.graph.errors import ArgumentError
@@ -70,7 +71,8 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=MODELS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = Decoder(SMALL.replace(**MODELS[request.param]), rngs=nnx.Rngs(0))
-    for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    parameters: Any = nnx.state(model, nnx.Param)
+    for path, v in nnx.to_flat_state(parameters):
         if path[-1] in ("bias", "scale"):  # zeros and ones would hide what they do
             v[...] += 0.3 * jnp.sin(jnp.arange(v.size).reshape(v.shape))
     folder = tmp_path_factory.mktemp("ours")
@@ -124,6 +126,22 @@ def test_a_cache_gives_the_logits_of_the_whole_a_token_at_a_time(case: Case) -> 
         found.append(x_BTD)
     logits = case.model.logits(jnp.concatenate(found, axis=1))
     np.testing.assert_allclose(logits, expected, atol=1e-4 * float(expected.max() - expected.min()))
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"], indirect=True)
+def test_routers_add_to_the_loss_what_theirs_add(case: Case) -> None:
+    c, model = case.model.config, nnx.clone(case.model)
+    with torch.no_grad():
+        logits = case.theirs(torch.tensor(TOKENS[:, :-1]), output_router_logits=True).router_logits
+        balance = float(modeling_mixtral.load_balancing_loss_func(logits, c.experts, c.top_k))
+        z = float(torch.cat(logits).logsumexp(-1).square().mean())
+    plain = model.loss(jnp.asarray(TOKENS))
+    for weights, expected in (((0.5, 0.0), 0.5 * balance), ((0.1, 0.2), 0.1 * balance + 0.2 * z)):
+        model.config = c.replace(balance_loss=weights[0], router_z_loss=weights[1])
+        for one in (model, model.apart()):
+            found = one.loss(jnp.asarray(TOKENS))
+            np.testing.assert_allclose((found.loss - plain.loss) / found.weight, expected, rtol=1e-5)
+    assert kind_of(model.config)[0] == case.kind
 
 
 @pytest.mark.parametrize("case", ["gpt2", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"], indirect=True)
