@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second of SmolLM2-135M: reading a prompt, and taking steps, against transformers with the same weights.
 
-python bench/decode.py [--prompt 128] [--steps 32] [--rounds 5]
+python bench/decode.py [--prompt 128] [--steps 32] [--rounds 5] [--dtype bfloat16]
 
 Both run in one process in turns; what is printed are medians over the rounds, and the ratio of these.
 """
@@ -24,6 +24,7 @@ from batiste.models import load_decoder
 from batiste.models.generation import begun, stream
 from batiste.models.kinds import LLAMA, settings_of
 from batiste.models.mapping import entries
+from batiste.precision import policy
 
 
 def smollm2() -> Path:
@@ -58,9 +59,12 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and products")
     args = parser.parse_args()
     model = load_decoder(smollm2(), apart=True)
-    other = theirs(model)
+    other = theirs(model).to(getattr(torch, args.dtype))
+    if args.dtype != "float32":
+        model = policy(args.dtype)(load_decoder(smollm2(), dtype=args.dtype, apart=True))
     prompt = np.random.default_rng(0).integers(0, model.config.vocab, args.prompt)
     row = torch.tensor(prompt[None])
     mask = torch.ones_like(row)
@@ -81,7 +85,9 @@ def main() -> int:
                                    do_sample=False, pad_token_id=0)  # fmt: skip
         return found[0, args.prompt :].tolist()
 
-    print("same tokens:", written() == written_theirs())
+    pairs = list(zip(written(), written_theirs()))
+    same = next((i for i, (ours, their) in enumerate(pairs) if ours != their), len(pairs))
+    print(f"same tokens: the first {same} of {len(pairs)}")
     names = ("read", "written", "read_theirs", "written_theirs")
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):

@@ -17,7 +17,7 @@ from .configs import DecoderConfig
 from .decoder import Decoder
 from .files import open_weights, read_json
 from .kinds import HUGGING_FACE, KINDS, configured, kind_of, read_settings, settings_of
-from .mapping import Table, load, save
+from .mapping import As, Table, load, save
 from .safetensors import SHARD_BYTES
 from .tensors import Weights, WeightsError
 
@@ -31,15 +31,22 @@ GGUF = {
 """Our path -> the name in GGUF files."""
 
 LLAMA_GGUF = Table(GGUF, ignored=("rope_freqs.weight",))
+SPARSE_GGUF = Table({
+    **{ours: theirs for ours, theirs in GGUF.items() if "/mlp/" not in ours},
+    "blocks/layers/mlp/router/kernel": "blk.{}.ffn_gate_inp.weight",
+    **{f"blocks/layers/mlp/experts/{part}": As(f"blk.{{}}.ffn_{part}_exps.weight", (0, 2, 1))
+       for part in ("gate", "up", "down")},
+}, ignored=("rope_freqs.weight",))  # fmt: skip
 GGUF_SETTINGS = {
     "features": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
     "kv_heads": "attention.head_count_kv", "hidden": "feed_forward_length", "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base", "epsilon": "attention.layer_norm_rms_epsilon", "context": "context_length",
+    "window": "attention.sliding_window", "experts": "expert_count", "top_k": "expert_used_count",
 }  # fmt: skip
 TURNED = ("/attn/query/", "/attn/key/")
 """What RoPE turns: GGUF files of the architecture `llama` have its pairs side by side."""
-IN_GGUF = ("llama", "mistral", "qwen2", "qwen3")
-"""The architectures whose names in GGUF files are known."""
+IN_GGUF = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+"""What GGUF files call the kinds whose names there are known; Mixtral is a `llama` with experts."""
 
 
 def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype: DTypeLike = jnp.float32,
@@ -60,7 +67,7 @@ def load_decoder(path: str | Path, config: DecoderConfig | None = None, *, dtype
     weights = open_weights(path)
     is_gguf = "general.architecture" in weights.about
     config = config or (config_of_gguf(weights, path) if is_gguf else config_of(path))
-    table = LLAMA_GGUF if is_gguf else kind_of(config)[1].table
+    table = (SPARSE_GGUF if config.experts else LLAMA_GGUF) if is_gguf else kind_of(config)[1].table
     if config.tied:
         table = dataclasses.replace(table, ignored=(*table.ignored, "lm_head.weight", "output.weight"))
     interleaved = weights.about.get("general.architecture") == "llama"
@@ -114,10 +121,12 @@ def config_of_gguf(weights: Weights, path: Path) -> DecoderConfig:
                            got=repr(kind)[:80], expected=", ".join(IN_GGUF))  # fmt: skip
     found = {ours: weights.about.get(f"{kind}.{theirs}") for ours, theirs in GGUF_SETTINGS.items()}
     found |= {"tied": "output.weight" not in weights.tensors}
+    if found["experts"]:
+        found["hidden"] = weights.about.get(f"{kind}.expert_feed_forward_length", found["hidden"])
     if "token_embd.weight" in weights.tensors:
         found["vocab"] = weights.tensors["token_embd.weight"].shape[0]
     return configured(
-        {name: value for name, value in found.items() if value is not None} | dict(KINDS[kind].choices), path
+        {name: value for name, value in found.items() if value is not None} | dict(KINDS[IN_GGUF[kind]].choices), path
     )
 
 

@@ -24,13 +24,16 @@ from batiste.models import (
     Stretch,
     WeightsError,
     generate,
+    kinds,
     load_decoder,
     save_decoder,
     torch_activations,
     verify,
 )
+from batiste.models.bert import BERT
 from batiste.models.decoder import SparseMlp
 from batiste.models.kinds import KINDS, kind_of
+from batiste.models.whisper import WHISPER
 
 SMALL = DecoderConfig(vocab=64, features=32, layers=2, heads=4, kv_heads=2, hidden=48, context=256)
 GEMMA = {"norm": "rms+1", "post_norms": True, "activation": "gelu", "embed_scale": True, "window": 5, "full_every": 2,
@@ -198,3 +201,14 @@ def test_with_a_capacity_late_positions_pass_by() -> None:
     x_BTD = jax.random.normal(jax.random.key(0), (1, 8, 32))
     found = [jnp.any(m(x_BTD) != 0, axis=-1) for m in mlp]
     assert found[0].all() and not found[1].all() and found[1].any()
+
+
+def test_the_page_says_how_long_files_and_tables_are() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "models.md").read_text()
+    tables = {"decoder": kinds.LLAMA, "bert": BERT, "whisper": WHISPER}
+    for name, table in tables.items():
+        lines = len((root / "batiste" / "models" / f"{name}.py").read_text().splitlines())
+        (row,) = (line for line in page.splitlines() if line.startswith("| ") and f"(`{name}.py`" in line)
+        assert row.endswith(f"| {lines} | {len(table.names)} |"), f"{name}: {lines} lines, {len(table.names)} names"
+    assert f"| GPT-2 | 0 | {len(kinds.GPT2.names)} |" in page

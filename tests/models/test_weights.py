@@ -7,6 +7,7 @@ import importlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ from batiste.models import (
 from batiste.models.kinds import HUGGING_FACE, LLAMA, settings_of
 from batiste.models.mapping import entries
 from batiste.models.safetensors import INDEX, Spec, of_arrays, write_safetensors
-from batiste.models.weights import GGUF
+from batiste.models.weights import GGUF, SPARSE_GGUF
 
 SMALL = DecoderConfig(vocab=32, features=16, layers=2, heads=4, kv_heads=2, hidden=24)
 CHOICES = {
@@ -107,6 +108,32 @@ def header_of(entries: object, values: bytes = b"") -> bytes:
 
 def entry(shape: object = (2,), offsets: object = (0, 8), dtype: str = "F32") -> dict[str, object]:
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_a_gguf_file_of_experts_is_loaded(name: str, tmp_path: Path) -> None:
+    """Mixtral, whose heads are permuted as Llama's, and Qwen3-MoE; a layer's experts are one tensor [E, out, in]."""
+    own: Any = {} if name == "llama" else {"qk_norm": True, "head_dim": 6, "top_k": 3}
+    model = make(experts=4, tied=False, **own)
+    c, tensors = model.config, dict[str, Any]()
+    for entry in entries(model, SPARSE_GGUF):
+        for theirs, at in entry.parts():
+            value = np.asarray(entry.to_theirs(np.asarray(entry.variable[...][at])), np.float32)
+            if name == "llama" and ("attn_q." in theirs or "attn_k." in theirs):
+                value = value.reshape(-1, 2, c.depth // 2, 16).swapaxes(1, 2).reshape(value.shape)
+            tensors[theirs] = (0, value.shape, np.ascontiguousarray(value).tobytes())
+    layers: Any = model.blocks.layers
+    expected = np.asarray(layers.mlp.experts.down[1]).transpose(0, 2, 1)
+    assert tensors["blk.1.ffn_down_exps.weight"] == (0, (4, 16, 24), expected.tobytes())
+    sizes = {"embedding_length": 16, "block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 2,
+             "attention.key_length": c.depth, "feed_forward_length": 24 if name == "llama" else 99,
+             "attention.layer_norm_rms_epsilon": 1e-5, "expert_count": 4, "expert_used_count": c.top_k}  # fmt: skip
+    sizes |= {} if name == "llama" else {"expert_feed_forward_length": 24}
+    about: dict[str, object] = {"general.architecture": name}
+    about |= {f"{name}.{key}": x for key, x in sizes.items()}
+    (tmp_path / "a.gguf").write_bytes(gguf(about, tensors))
+    found = load_decoder(tmp_path / "a.gguf")
+    assert found.config.replace(epsilon=c.epsilon) == c and same(found, model)  # of ε, the file has 32 bits
 
 
 @pytest.mark.parametrize(
