@@ -148,7 +148,7 @@ def state_places(params: Any, plan: sharding.Plan) -> Any:
 def same_start(config: DecoderConfig) -> Any:
     """The values of the model, for the plain program."""
     model = Decoder(config, rngs=nnx.Rngs(0))
-    block = model.blocks.layers
+    block: Any = model.blocks.layers
     found = {"attn_norm": block.attn_norm.scale, "mlp_norm": block.mlp_norm.scale, "norm": model.norm.scale,
              "embed": model.embed.embedding}  # fmt: skip
     found |= {name: getattr(block.attn, name).kernel for name in ("query", "key", "value", "out")}
