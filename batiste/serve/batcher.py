@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import Died, Refusal
+from .leaving import leaves
 from .servable import Arrays, Servable
 from .suspects import Suspects, marks
 
@@ -80,6 +81,7 @@ class Batcher:
         self.batches = 0
         self._worker = 0
         self._start()
+        leaves(self)
         if patience is not None:
             threading.Thread(target=self._watch, name=f"{servable.name}-watch", daemon=True).start()
 
@@ -166,6 +168,17 @@ class Batcher:
             self.line.clear()
         self.servable.close()
         self._thread.join(0.5)  # one that is in the middle of XLA's code when Python ends can take it along
+
+    def leave(self, timeout: float) -> None:
+        with self.changed:
+            self.closed = True
+            for item in [*self.line, *self.running]:
+                item.refuse(Refusal(503, "The server is closing", after=1.0))
+            self.line.clear()
+            self.queued = 0
+            self.changed.notify_all()
+        if self.servable.apart is None:  # else it waits for another process, not inside XLA
+            self._thread.join(timeout)
 
     def _suspect_waiting(self) -> None:
         with self.changed:

@@ -24,6 +24,7 @@ import numpy as np
 
 from batiste.graph.errors import ArgumentError, BatisteError
 
+from ..leaving import leaves
 from .queue import Waiting
 from .sampling import Drawn, Sampling
 from .slots import Slots
@@ -147,6 +148,7 @@ class Engine:
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="batiste-chat", daemon=True)
         self._thread.start()
+        leaves(self)
 
     @property
     def length(self) -> int:
@@ -224,6 +226,10 @@ class Engine:
             self._changed.notify()
         self._thread.join(timeout=max(1.0, 0.0 if timeout is None else timeout))
         return ended
+
+    def leave(self, timeout: float) -> None:
+        self.close(0.0)
+        self._thread.join(timeout)
 
     def __enter__(self) -> Self:
         return self
