@@ -311,7 +311,7 @@ def transcribe(model: Whisper, samples: Any, words: Words, *, language: str | No
     window, half = moments * HOP / RATE, config.length // 2
     silent = 2 * moments * HOP - len(samples_N) % (moments * HOP)  # whole windows: few programs
     spectrum_JM = spectrum(np.pad(samples_N, (0, silent))[None], config.bands)[0]
-    key = jax.random.key(0) if key is None else key
+    stream = jax.random.key(0) if key is None else key
     rules = Rules.of(marks, config.vocab, latest=min(1.0, window))
     context: list[int] = list(words.tokenizer.encode(before)) if before else []  # pyright: ignore[reportAttributeAccessIssue]
     parts: list[Part] = []
@@ -327,7 +327,7 @@ def transcribe(model: Whisper, samples: Any, words: Words, *, language: str | No
         room = min(half - 1 if steps is None else steps, config.length - len(prompt))
         quiet = float(first_V[marks.silence])
         for temperature in temperatures:
-            key, used = jax.random.split(key)
+            stream, used = jax.random.split(stream)
             found = written(model, said, prompt, rules, room, temperature=temperature, key=used)
             tokens = np.asarray(found.tokens_BT)[0, : int(found.length_B[0])].tolist()
             mean = float(found.mean_B[0])
