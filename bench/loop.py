@@ -89,11 +89,13 @@ def main() -> None:
 
     step, state = train_step(loss, guard=Guard("skip", "skip")), network(args.width)
     plain, other = train_step(loss, guard=None), network(args.width)
+    returning, third = train_step(loss, guard=Guard("rollback", "rollback")), network(args.width)
     times = alternate(
         {
             "bare loop": lambda: bare(step, state, batches),
             "fit, all hooks": lambda: fit(step, state, batches, args.steps, hooks(folder)),
             "bare loop, no guard": lambda: bare(plain, other, batches),
+            "bare loop, rollback": lambda: bare(returning, third, batches),
         },
         args.rounds,
     )
@@ -114,6 +116,7 @@ def main() -> None:
         "step_ms": 1e3 * per_step["bare loop"],
         "fit_ratio": per_step["fit, all hooks"] / per_step["bare loop"],
         "guard_ratio": per_step["bare loop"] / per_step["bare loop, no guard"],
+        "rollback_ratio": per_step["bare loop, rollback"] / per_step["bare loop, no guard"],
         "loop_us": 1e6 * loop,
         "loop_share_of_20_ms": loop / 0.02,
     }

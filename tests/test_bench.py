@@ -60,5 +60,5 @@ def test_importing_every_name_of_the_object_face_loads_no_other_package() -> Non
 
 def test_the_loop_adds_little_to_a_step_and_says_how_much() -> None:
     found = figures("loop.py", "--width", 32, "--batch", 16, "--steps", 5, "--rounds", 2)
-    assert set(found) == {"step_ms", "fit_ratio", "guard_ratio", "loop_us", "loop_share_of_20_ms"}
+    assert set(found) == {"step_ms", "fit_ratio", "guard_ratio", "rollback_ratio", "loop_us", "loop_share_of_20_ms"}
     assert found["loop_share_of_20_ms"] < 0.05, "1 ms a step"
