@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from batiste.distributed import global_batch
 from batiste.graph.errors import ArgumentError
+from batiste.graph.leaving import leaves
 from batiste.sharding import Plan, current_plan
 
 from .errors import DataTimeout, SlowDataWarning
@@ -26,6 +27,7 @@ from .loader import Loader
 Place = Plan | Sharding | Callable[[Any], Any] | None
 Item = tuple[Any, Position, BaseException | None]
 POLL = 0.2
+LAST = 1.0  # seconds that the end of the program waits for a batch under way
 
 
 @overload
@@ -192,9 +194,13 @@ class Reading:
     def __init__(self, source: Feed[Any], put: Callable[[Any], Any], n: int):
         self.ready: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self.room, self.stopped = threading.Semaphore(n), threading.Event()
-        work = (source, put, self.ready, self.room, self.stopped)
-        self.thread = threading.Thread(target=read, args=work, name="batiste-prefetch", daemon=True)
+        self.thread = threading.Thread(target=self._read, args=(source, put), name="batiste-prefetch", daemon=True)
         self.thread.start()
+        leaves(self)
+
+    def leave(self, timeout: float) -> None:
+        """At the end of the program: reads nothing more, and waits for what is being put on the devices."""
+        self.stop(min(timeout, LAST))
 
     def take(self, timeout: float) -> Item:
         """The next item; queue.Empty if none comes in time."""
@@ -209,21 +215,17 @@ class Reading:
         self.thread.join(patience)
         return not self.thread.is_alive()
 
-
-def read(
-    source: Feed[Any], put: Callable[[Any], Any], ready: queue.SimpleQueue[Item], room: threading.Semaphore,
-    stopped: threading.Event,
-) -> None:  # fmt: skip
-    """Reads while there is room, until the data end, an error comes, or it is told to stop."""
-    while not stopped.is_set():
-        if not room.acquire(timeout=POLL) or stopped.is_set():
-            continue
-        before = source.state()
-        try:
-            batch = put(next(source))
-        except BaseException as error:
-            if not isinstance(error, StopIteration):
-                error.add_note(f"while reading the batch behind position {before}")
-            return ready.put((None, source.state(), error))
-        ready.put((batch, source.state(), None))
-        del batch  # it is in the queue, and may be freed when it is used up
+    def _read(self, source: Feed[Any], put: Callable[[Any], Any]) -> None:
+        """Reads while there is room, until the data end, an error comes, or it is told to stop."""
+        while not self.stopped.is_set():
+            if not self.room.acquire(timeout=POLL) or self.stopped.is_set():
+                continue
+            before = source.state()
+            try:
+                batch = put(next(source))
+            except BaseException as error:
+                if not isinstance(error, StopIteration):
+                    error.add_note(f"while reading the batch behind position {before}")
+                return self.ready.put((None, source.state(), error))
+            self.ready.put((batch, source.state(), None))
+            del batch  # it is in the queue, and may be freed when it is used up

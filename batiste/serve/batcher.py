@@ -20,8 +20,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from batiste.graph.leaving import leaves
+
 from .errors import Died, Refusal
-from .leaving import leaves
 from .servable import Arrays, Servable
 from .suspects import Suspects, marks
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -136,3 +138,26 @@ def test_a_feed_that_is_dropped_ends_its_thread() -> None:
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(ArgumentError, match="got -1, expected 0 or more"):
         prefetch([1], -1)
+
+
+LEFT = """
+import itertools
+import jax
+import numpy as np
+from batiste.data import prefetch
+
+product = jax.jit(lambda x: x @ x.T)
+
+def put(batch):
+    for _ in range(100):
+        batch = np.asarray(product(batch))
+    return batch
+
+for batch in prefetch((np.ones((64, 64), np.float32) for _ in itertools.count()), place=put):
+    break
+"""
+
+
+def test_a_program_that_ends_while_batches_are_put_on_the_devices() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")

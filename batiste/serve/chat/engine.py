@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple, Protocol, Self
 import numpy as np
 
 from batiste.graph.errors import ArgumentError, BatisteError
+from batiste.graph.leaving import leaves
 
-from ..leaving import leaves
 from .queue import Waiting
 from .sampling import Drawn, Sampling
 from .slots import Slots
