@@ -3,3 +3,4 @@
 
 from batiste.graph.filters import *  # noqa: F403
 from batiste.graph.filters import to_predicates as filters_to_predicates  # noqa: F401
+from batiste.traverse_util import PathParts  # noqa: F401

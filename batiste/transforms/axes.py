@@ -50,11 +50,12 @@ class Out(Generic[T]):
     axis: T
 
 
-class StateAxes(Rules):
+class StateAxes(Rules, Mapping):
     """Axes of a module's Variables by filter, the first that matches: `StateAxes({Param: 0, ...: None})`.
 
-    >>> StateAxes({"params": 0, ...: None}).axes
-    (0, None)
+    >>> axes = StateAxes({"params": 0, ...: None})
+    >>> axes.axes, axes["params"], dict(axes)
+    ((0, None), 0, {'params': 0, Ellipsis: None})
     """
 
     def __init__(self, filter_axes, /):
@@ -63,6 +64,18 @@ class StateAxes(Rules):
     @property
     def axes(self) -> tuple:
         return self.labels
+
+    def __getitem__(self, key: Any) -> Any:
+        for chosen, axis in self.items():
+            if chosen == key:
+                return axis
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.filters)
+
+    def __len__(self) -> int:
+        return len(self.filters)
 
     def map_prefix(self, path: tuple, variable: Any) -> Any:
         """The axis of one Variable."""
