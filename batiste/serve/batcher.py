@@ -28,6 +28,7 @@ from .suspects import Suspects, marks
 
 log = logging.getLogger(__name__)
 SHARE = 0.8  # of a request's time that it may be expected to wait: an estimate is off by some
+JOIN = 0.5  # seconds more for the thread that computes, once its batch has had its time
 FORGET = 0.2  # weight of the newest batch in the mean of how long a batch takes
 
 
@@ -168,10 +169,12 @@ class Batcher:
                 item.refuse(Refusal(503, "The server is closing", after=1.0))
             self.line.clear()
         self.servable.close()
-        self._thread.join(0.5)  # one that is in the middle of XLA's code when Python ends can take it along
+        self._thread.join(JOIN)  # one that is in the middle of XLA's code when Python ends can take it along
 
     def leave(self, timeout: float) -> None:
+        """At the end of the program: refuses what waits, and waits for what runs, unless `close` has done so."""
         with self.changed:
+            timeout = min(timeout, JOIN) if self.closed else timeout
             self.closed = True
             for item in [*self.line, *self.running]:
                 item.refuse(Refusal(503, "The server is closing", after=1.0))
