@@ -23,10 +23,10 @@ from batiste.nn.conv import PaddingLike
 from batiste.nn.initializers import Initializer
 from batiste.nn.linear import add_bias, default_bias_init, default_kernel_init
 from batiste.nn.recurrent import concatenate, flip_sequences, one_step, over_time
-from batiste.precision import promote_dtype
 from batiste.typing import Dtype, PrecisionLike, PRNGKey
 
 from .conv import Conv
+from .dtypes import promote_dtype
 from .lazy import Lazy
 from .linear import Dense
 from .module import Module, compact, nowrap
@@ -183,7 +183,7 @@ class OptimizedLSTMCell(_LSTM, of=nn.OptimizedLSTMCell):
         def product(x: Array) -> Array:
             kernels, biases = zip(*(part(x) for part in parts))
             bias = None if biases[0] is None else jnp.concatenate(biases)
-            x, kernel, bias = promote_dtype((x, jnp.concatenate(kernels, axis=-1), bias), dtype=self.dtype)
+            x, kernel, bias = promote_dtype(x, jnp.concatenate(kernels, axis=-1), bias, dtype=self.dtype)
             return add_bias(x @ kernel, bias)
 
         return product
